@@ -31,6 +31,7 @@ from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.auto import Traits, choose, gradient_note
 from evojax_merge.search.budgets import within_budget
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
+from evojax_merge.search.genomes import ComparesNeighbours, Neighbours, neighbours_of
 from evojax_merge.search.kept_scores import KeptScores
 from evojax_merge.search.protocols import (
     ContextSpace,
@@ -124,6 +125,10 @@ class SearchProblem(Generic[B]):
     def tunes_by_gradient(self) -> bool:
         """Return whether the tasks of `splits.tuning` have derivatives."""
         return all(task.derivative is not None for tasks in self.splits.tuning for task in tasks)
+
+    def neighbours(self, tasks: Sequence[Any]) -> Neighbours:
+        """The genomes that are scored beside each genome, because the tasks compare their answers."""
+        return neighbours_of(tasks, self.space.dims, self.seed)
 
     def prepare(self) -> Prepared:
         """The tasks of each split as the backend evaluates them."""
@@ -380,6 +385,7 @@ def searchable(
         raise InputError(f"{where}: search.then", f"polish: {reason}; leave it out")
     if search.controls:
         _check_controls(f"{where}: search.controls", search, backend, any(heldout for _, heldout in tasks))
+    _check_neighbours(where, search, backend.facts.space, [*full, *(heldout for _, heldout in tasks)])
     splits = Splits(
         shards=shards,
         search=full,
@@ -406,6 +412,18 @@ def _check_controls(where: str, search: SearchConfig, backend: Backend, has_held
         raise InputError(where, "random: candidates are bred from others, and none is random; leave it out")
     if "lora" in search.controls and backend.facts.not_adaptable:
         raise InputError(where, f"lora: {backend.facts.not_adaptable}; leave it out")
+
+
+def _check_neighbours(where: str, search: SearchConfig, space: Space, tasks: Sequence[Any]) -> None:
+    """Raises InputError where candidates have no neighbours that a task compares them with."""
+    comparing: list[Any] = [task for task in tasks if isinstance(task, ComparesNeighbours)]
+    if comparing and isinstance(space, ContextSpace | HasMoves):
+        what = "compares candidates whose genes differ a little, and those of this search are bred, or lists of moves"
+        raise InputError(f"{where}: tasks", f"{comparing[0].name} {what}; search for a merge, or take kind: entropy")
+    written = next((task.name for task in comparing if task.weight > 0 and task.companion() is None), None)
+    if written is not None and ("lora" in search.controls or search.then):
+        what = "adapters have no neighbours whose answers task"
+        raise InputError(f"{where}: search", f"{what} {written} compares; leave controls: [lora] and then out")
 
 
 def _tuning_parts(searched: Sequence[Any], lengths: Callable[[Any], np.ndarray], seed: int) -> list[list[Any]]:

@@ -208,7 +208,7 @@ def main() -> None:
             print(
                 f"| {name} | {bound:.1f} | {about:.1f} | {took:.1f} | {took / about:.2f} | {max(gaps):.1f} "
                 f"| {max(errors):.0%} | {sessions[0]['programs']} in {sessions[0]['seconds']:.0f} s, "
-                f"{sessions[1]['programs']} | {begun[0]:.0f}, {begun[1]:.0f} |",
+                f"{sessions[1]['programs']} | {begun[0]:.1f}, {begun[1]:.1f} |",
                 flush=True,
             )
 

@@ -116,7 +116,7 @@ def judged(
         # A task of weight 0 is in the held-out split alone.
         names = {task.name for task in one.tasks}
         asked = {name: ballot for name, ballot in ballots.items() if name in names}
-        return kind(one.space, one.evaluator, one.devices, one.goal, ballots=asked)
+        return kind(one.space, one.evaluator, one.devices, one.goal, neighbours=one.neighbours, ballots=asked)
 
     asking = partial(AskingEvaluator, describe=describe, activity=activity or Activity())
     most = {name: ballot.task.voting.config.heldout_votes for name, ballot in ballots.items()}

@@ -108,7 +108,10 @@ def make_plan(
     by_gradient = gradient * math.ceil(starts / groups)
     if looks_at_all(problem.search):
         by_gradient += candidate * (math.ceil(starts / groups) / STEPS_PER_LOOK)
-    by_score = candidate * (_shard_passes(problem, len(prepared.shards), groups) / len(prepared.shards))
+    on_search, on_heldout = (
+        1 + problem.neighbours(each).count for each in (problem.splits.search, problem.splits.heldout)
+    )
+    by_score = candidate * (on_search * _shard_passes(problem, len(prepared.shards), groups) / len(prepared.shards))
     counts, measured = candidates_to_select(problem), models_to_measure(problem)
 
     def scoring(models: SelectionCounts) -> Cost:
@@ -125,15 +128,14 @@ def make_plan(
         for cost, passes in ((by_gradient, differentiated), (by_score, scored))
     ]
     generations = _planned_generations(problem.search, problem.strategy, *expected)
-    rounds, _ = gradient_generations(problem.strategy, generations)
-    rounds = min(rounds, generations)
+    rounds = min(gradient_generations(problem.strategy, generations)[0], generations)
     searched = by_gradient * rounds + by_score * (generations - rounds)
     parts = {
         MEASURING: scoring(measured),
         GENERATIONS: searched,
-        CHOOSING: scoring(replace(counts, heldout=0)),
+        CHOOSING: scoring(replace(counts, heldout=0)) * on_search,
         TUNING: searched * equal_searches(problem),
-        HELDOUT: scoring(SelectionCounts(0, 0, counts.heldout)),
+        HELDOUT: scoring(SelectionCounts(0, 0, counts.heldout)) * on_heldout,
     }
     run = sum(parts.values(), Cost())
     only_gradients = rounds == generations

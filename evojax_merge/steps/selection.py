@@ -58,7 +58,7 @@ def open_evaluators(
     backend, population = problem.backend, problem.strategy.population
     with nullcontext(load) if load else loading_beside(backend, devices, None, []) as load_bank:
         bank = load_bank(loading)
-    on = backend.evaluators(bank, prepared, population, devices, log)
+    on = with_neighbours(problem, backend.evaluators(bank, prepared, population, devices, log))
     counts = models_to_measure(problem)
     if not counts.search:
         return with_goals(problem, on, log)
@@ -74,7 +74,13 @@ def open_evaluator(
     backend = problem.backend
     bank = backend.load(devices, lambda done: None, None) if bank is None else bank
     one = Splits([tasks], [], None, [])
-    return backend.evaluators(bank, one, problem.strategy.population, devices, lambda text: None).shards[0]
+    on = backend.evaluators(bank, one, problem.strategy.population, devices, lambda text: None)
+    return with_neighbours(problem, on).shards[0]
+
+
+def with_neighbours(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> Splits[SpaceEvaluator[Any]]:
+    """The evaluators, which score the neighbours that their tasks ask for as well."""
+    return on.map(lambda evaluator: replace(evaluator, neighbours=problem.neighbours(evaluator.tasks)))
 
 
 def select_best(

@@ -127,6 +127,9 @@ def score_models(
 ) -> list[Row]:
     """Score stored models, or runs' winners, on all examples. `on_scored` receives each model's answers."""
     tasks, settings = task_set.tasks, task_set.settings
+    compared = next((task.name for task in tasks if hasattr(task, "voting") or hasattr(task, "neighbours")), None)
+    if compared is not None:
+        raise InputError(task_set.where, f"{compared}: compares the candidates of a search; leave it out")
     factory = find_backend(f"{task_set.where}: backend", task_set.backend, task_set.folder)
     if not isinstance(factory, TorchFactory) and any(getattr(task, "backend", None) == "torch" for task in tasks):
         factory = TORCH
@@ -173,9 +176,6 @@ def _score_networks(
     models: Sequence[str], factory: TorchFactory, task_set: TaskSet, on_scored: Callable[[str, Answers], None]
 ) -> list[Row]:  # fmt: skip
     """Score networks of torch, as `score_models`."""
-    voted = next((task.name for task in task_set.tasks if hasattr(task, "voting")), None)
-    if voted is not None:
-        raise InputError(task_set.where, f"{voted}: has scores of votes alone, in a search; leave it out")
     rows = []
     paths = [_model_folder(model, resolve_reference if factory.make is None else model_path) for model in models]
     for model, path, name in zip(models, paths, short_names(models), strict=True):

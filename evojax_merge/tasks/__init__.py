@@ -31,6 +31,9 @@ Generation = _kind(
     "generation", "A task whose score compares the text that a model writes with the target, by a `metric` of texts."
 )
 Entropy = _kind("entropy", "A task without labels, whose score says how sure a model is of its answers.")
+Agreement = _kind(
+    "agreement", "A task without labels, whose score says how many neighbours of a candidate answer alike."
+)
 # Networks of torch.
 Classification = _kind("classification", "A task whose score says whether a network's largest output is the label's.")
 Regression = _kind("regression", "A task whose score is how near a network's output is to a number.")

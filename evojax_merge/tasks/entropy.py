@@ -7,7 +7,7 @@ entropy over unlabelled examples along a weight for each layer and parent.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from evojax_merge.tasks.text import (
     prompt_rows,
 )
 
+P = TypeVar("P", bound=PromptedTask)
 Choices = Annotated[
     Name | Annotated[list[Text], Field(min_length=2, max_length=1000)],
     Form("a list of two or more texts, or the name of a field", "texts, or a field"),
@@ -161,18 +162,21 @@ def open_entropy(config: EntropyConfig, opening: Opening) -> EntropyTask | Netwo
     task = open_prompted(
         EntropyTask, config, opening, "exact_match", NEGATIVE_ENTROPY, has_targets=False, positions=config.positions
     )
-    if config.choices is None:
-        return replace(task, kind="likelihood")
+    return replace(task, kind="likelihood") if config.choices is None else with_choices(task, config.choices)
+
+
+def with_choices(task: P, named: str | Sequence[str]) -> P:
+    """The task with each example's choices as its targets. named: the choices, or the field that lists them."""
     examples = []
     for example, record in zip(task.examples, task.records, strict=True):
-        choices: Sequence[str] = config.choices if isinstance(config.choices, list) else []
-        if isinstance(config.choices, str):
-            choices, _ = listed_choices(task.where(example), config.choices, record.get(config.choices))
+        choices: Sequence[str] = [] if isinstance(named, str) else named
+        if isinstance(named, str):
+            choices, _ = listed_choices(task.where(example), named, record.get(named))
         examples.append(replace(example, targets=_answers(task, example, choices)))
     return replace(task, kind="multiple_choice", examples=tuple(examples))
 
 
-def _answers(task: EntropyTask, example: Example, choices: Sequence[str]) -> tuple[str, ...]:
+def _answers(task: PromptedTask, example: Example, choices: Sequence[str]) -> tuple[str, ...]:
     """The choices, joined to the text that stands before them. A chat template ends where an answer begins."""
     prompts = task.prompts
     if prompts.template and not prompts.prefix:

@@ -4,6 +4,7 @@ from typing import Any
 
 from evojax_merge.errors import shown
 from evojax_merge.tasks import (
+    agreement,
     arrays,
     entropy,
     function,
@@ -19,8 +20,8 @@ from evojax_merge.tasks import (
 from evojax_merge.tasks.task import TaskConfig, TaskKind
 
 BUILT_IN: tuple[TaskKind, ...] = (
-    text.KIND, entropy.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, human.KIND, rubric.KIND,
-    *networks.KINDS, *generated_images.KINDS, arrays.KIND,
+    text.KIND, entropy.KIND, agreement.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, human.KIND,
+    rubric.KIND, *networks.KINDS, *generated_images.KINDS, arrays.KIND,
 )  # fmt: skip
 _registered: list[TaskKind] = []
 
