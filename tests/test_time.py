@@ -1,6 +1,8 @@
 """The time of a search: no silence, the time that is left, estimates from measurements, and compiled programs that
 later processes find again."""
 
+import contextlib
+import gc
 import json
 import os
 import re
@@ -8,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -45,6 +46,7 @@ from evojax_merge.steps import loading
 from evojax_merge.steps.planning import make_plan
 from evojax_merge.system import console
 from evojax_merge.system.console import working
+from evojax_merge.system.imports import importing
 
 
 @pytest.fixture
@@ -443,6 +445,17 @@ def test_a_second_run_and_a_resumed_one_compile_nothing(family: Family, tmp_path
     assert all(session["programs"] <= 2 and session["kept"] > 10 for session in compiled(tmp_path / "three"))
 
 
+def test_the_collector_is_as_it_was_after_imports() -> None:
+    """Also where an import fails."""
+    for was_enabled in (True, False):
+        (gc.enable if was_enabled else gc.disable)()
+        with contextlib.suppress(ImportError), importing():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == was_enabled
+    gc.enable()
+
+
 class Loads:
     """A backend that loads by tensors of a byte each, when it is allowed to."""
 
@@ -463,7 +476,7 @@ class Loads:
 
 def shown_in(steps: list[int]) -> Any:
     """A phase whose steps are added to the list."""
-    return lambda name, size: nullcontext(steps.append)
+    return lambda name, size: contextlib.nullcontext(steps.append)
 
 
 @pytest.mark.parametrize("limit", [0, 2**28])

@@ -7,13 +7,15 @@ from contextlib import contextmanager
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import large libraries. Imports make objects that stay: the collector would look through all of them many times,
-    during the block and for as long as the process lives."""
+    """Import large libraries. Imports make objects that stay: the collector would look through all of them many times
+    during the block and, but for the first block of a process, ever after."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        # Later there may be garbage, which would stay for ever.
+        if gc.get_freeze_count() == 0:
+            gc.freeze()
         if was_enabled:
             gc.enable()
