@@ -65,6 +65,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "entropy of choices": {"kind": "entropy", "choices": "choices", **TEXTS},
     "entropy of a folder": {"kind": "entropy", "file": "pictures", "heldout": "other_pictures"},
     "entropy of records": {"kind": "entropy", "file": "pictures.jsonl", "images": "."},
+    "agreement": {"kind": "agreement", **SHOWN, **WRITING},
+    "agreement of choices": {"kind": "agreement", "choices": "choices", **TEXTS},
     "exact match, shown examples": {"kind": "exact_match", **SHOWN, **WRITING},
     "generation": {"kind": "generation", "metric": "exact_match", **SHOWN, **WRITING},
     "gsm": {"kind": "gsm", "source": "sums.jsonl", "heldout": "other_sums.jsonl", "num_fewshot": 1,
