@@ -98,6 +98,10 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a slip for a parameter that is needed": (
         one_model(wieght=1), ("weight: missing for", "(models[0].parameters.wieght: did you mean 'weight'?)"),
     ),
+    "a parameter outside of parameters": (
+        recipe(models=[{"model": "one", "weight": 1}, {"model": "two"}]),
+        ("weight: missing for", "(models[0].weight: did you mean 'parameters.weight'?)"),
+    ),
     "a slip for the base": (
         {"merge_method": "ties", "base_modle": "base", "models": recipe()["models"]},
         ("ties", "(base_modle: did you mean 'base_model'?)"),

@@ -171,6 +171,16 @@ def test_a_key_that_is_near_another_is_told_with_it() -> None:
     assert [line.split(":")[1].split(".")[-1].strip() for line in lines] == ["dtyp", "weight", "T"]
 
 
+def test_a_parameter_outside_of_parameters_is_pointed_to() -> None:
+    text = "merge_method: ties\nbase_model: a\nmodels: [{model: b, weight: 1}]\nparameters: {weight: 0.4}\ndensity: 1\n"
+    _, lines = without_unused_keys(Path("r.yaml"), parse_documents("r", text))
+    assert lines == [
+        "r.yaml: density: ignored; a recipe has no such key (did you mean 'parameters.density'? --strict refuses it)",
+        "r.yaml: models[0].weight: ignored; a model has no such key here (did you mean 'parameters.weight'? "
+        "--strict refuses it)",
+    ]
+
+
 def test_what_a_stranger_writes_is_told_in_few_lines_that_a_terminal_shows_as_they_are() -> None:
     keys = {f"note {i}": 0 for i in range(30)}
     _, lines = without_unused_keys(Path("r"), [{"merge_method": "linear", "\x1b[31mred\n": 1, **keys}])

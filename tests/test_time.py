@@ -29,7 +29,7 @@ from evojax_merge import cli_parts
 from evojax_merge.backends.decoder.backend import DecoderBackend
 from evojax_merge.checkpoints import kept_hashes
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.config.search_config import Config
+from evojax_merge.config.search_config import Config, SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation import compilations, timings
 from evojax_merge.evaluation.devices import ONE_DEVICE
@@ -145,24 +145,36 @@ def test_the_time_left_counts_the_ending(capsys: pytest.CaptureFixture[str]) -> 
     assert "generation 3/3  best 0.5000  left 0:30" in capsys.readouterr().out
 
 
+def twelve_generations() -> SearchConfig:
+    return Config.model_validate(
+        {"parents": ["a", "b"], "tasks": [{"name": "t", "kind": "likelihood", "file": "t.jsonl"}],
+         "space": {"method": "ties"}, "search": {"generations": 12}}
+    ).search  # fmt: skip
+
+
 def test_what_a_process_compiles_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A first generation of 200 s, compiling that takes 50 s later, and generations of 3 and 4 s."""
     now, compiling, course = 200.0, 190.0, course_of([], [])
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     monkeypatch.setattr(loop, "compilations", lambda: compilations.Compilations(9, compiling, 0))
-    search = Config.model_validate(
-        {"parents": ["a", "b"], "tasks": [{"name": "t", "kind": "likelihood", "file": "t.jsonl"}],
-         "space": {"method": "ties"}, "search": {"generations": 12}}
-    ).search  # fmt: skip
-    clock = _Clock()
-    assert clock.seconds_left(search, 1, course, 4) is None
+    search, clock = twelve_generations(), _Clock()
+    assert clock.seconds_left(search, 1, course, 4, 9.0) is None
     now, compiling = 253.0, 240.0
-    assert clock.seconds_left(search, 2, course, 4) == pytest.approx(10 * 3.0)
+    assert clock.seconds_left(search, 2, course, 4, 9.0) == pytest.approx(10 * 3.0)
     now += 4.0
-    assert clock.seconds_left(search, 3, course, 4) == pytest.approx(9 * 3.5)
+    assert clock.seconds_left(search, 3, course, 4, 1.0) == pytest.approx(9 * 3.5)
     limited = search.model_copy(update={"stop": search.stop.model_copy(update={"evaluations": 20})})
     now += 4.0
-    assert clock.seconds_left(limited, 3, replace(course, evaluations=12), 4) == pytest.approx(2 * 4.0)
+    assert clock.seconds_left(limited, 3, replace(course, evaluations=12), 4, 1.0) == pytest.approx(2 * 4.0)
+
+
+def test_the_first_use_of_a_strategy_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, course, search, clock = 0.0, course_of([], []), twelve_generations(), _Clock()
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(loop, "compilations", lambda: compilations.Compilations(9, 0.0, 0))
+    assert clock.seconds_left(search, 1, course, 4, 9.0) is None
+    now = 5.0
+    assert clock.seconds_left(search, 2, course, 4, 3.0) == pytest.approx(10 * 3.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------

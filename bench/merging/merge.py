@@ -1,4 +1,4 @@
-"""Whole merges of a 1.1 GB model from the command line, against mergekit-yaml (12 minutes, 10 GB of disk).
+"""Whole merges of a 1.1 GB model from the command line, against mergekit-yaml (half an hour, 10 GB of disk).
 
     python -m bench merge
 
@@ -24,8 +24,18 @@ import yaml
 
 from bench.shared.machine import describe
 
-METHODS = ("ties", "dare_ties", "task_arithmetic", "linear", "slerp")
-DENSITY = 0.5
+# By method the parameters of each model.
+WEIGHT = {"weight": 0.4}
+PRUNED = WEIGHT | {"density": 0.5}
+METHODS: dict[str, dict[str, float]] = {
+    "ties": PRUNED, "dare_ties": PRUNED, "della": PRUNED | {"epsilon": 0.1}, "breadcrumbs": PRUNED | {"gamma": 0.01},
+    "sce": {}, "task_arithmetic": WEIGHT, "linear": WEIGHT, "slerp": {}, "model_stock": {}, "karcher": {},
+}  # fmt: skip
+# Parameters of a whole recipe.
+WHOLE = {"sce": {"select_topk": 0.5}}
+# Methods that draw random masks.
+RANDOM = ("dare_ties", "della")
+WITHOUT_BASE = ("linear", "karcher")
 # Rows of mergekit that are not its merging: it has no float32 path other than this.
 ENVIRONMENT = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 
@@ -63,11 +73,9 @@ def recipe(method: str, paths: list[Path]) -> dict[str, object]:
     if method == "slerp":
         document: dict[str, object] = {"models": [{"model": base}, {"model": parents[0]}], "parameters": {"t": 0.4}}
         return {"merge_method": method, "base_model": base, **document, "dtype": "float32"}
-    settings = {"weight": 0.4} | ({"density": DENSITY} if method in ("ties", "dare_ties") else {})
-    document = {"merge_method": method, "models": [{"model": model, "parameters": settings} for model in parents]}
-    if method != "linear":
-        document["base_model"] = base
-    return document | {"dtype": "float32"}
+    models = [{"model": model, "parameters": METHODS[method]} for model in parents]
+    document = {"merge_method": method, "models": models, "parameters": WHOLE.get(method, {}), "dtype": "float32"}
+    return document if method in WITHOUT_BASE else document | {"base_model": base}
 
 
 def run(command: list[str]) -> tuple[float, float]:
@@ -138,7 +146,7 @@ def main() -> None:
                 copies.append(time.perf_counter() - start)
             (a, memory_a), (b, memory_b) = np.median(ours, axis=0), np.median(theirs, axis=0)
             # Random masks differ by design.
-            same = "-" if "dare" in method else f"{largest_difference(folder / 'ours', folder / 'theirs'):.1e}"
+            same = "-" if method in RANDOM else f"{largest_difference(folder / 'ours', folder / 'theirs'):.1e}"
             print(
                 f"| {method} | {a:.1f} | {b:.1f} | {b / a:.1f} | {memory_a:.2f} | {memory_b:.2f} | {same} "
                 f"| {np.median(copies):.1f} |",

@@ -64,16 +64,22 @@ MODELS = ("model", "source")
 @dataclass(frozen=True)
 class Typo:
     """An unused key at a place of a recipe, and the `name` that was likely meant. model: the reference of the model
-    that has the key, where a model has it. is_misplaced: the key has the meant name, but all models share its value."""
+    that has the key, where a model has it. is_misplaced: the key has the meant name, but all models share its value.
+    section: the one, beside the key, that the meant key belongs into."""
 
     name: str
     place: str
     model: Any
     is_misplaced: bool = False
+    section: str = ""
 
     @property
     def advice(self) -> str:
-        return f"ignored, all models share one {self.name}" if self.is_misplaced else f"did you mean '{self.name}'?"
+        return (
+            f"ignored, all models share one {self.name}"
+            if self.is_misplaced
+            else f"did you mean '{self.section}{self.name}'?"
+        )
 
     def explains(self, error: str) -> bool:
         """Return whether an error names the meant key, and not as a part of a tensor's name, which may hold any
@@ -230,11 +236,14 @@ class _RecipeNormaliser:
             # Nobody meant another key by one of another tool, or by a parameter of another method.
             is_other = key in ADVICE or key in KNOWN_UNUSED_KEYS
             is_other = is_other or any(str(key) in parameter_names(method) for method in METHODS.values())
-            near = None if is_other else nearest(str(key), known)
-            advice = ADVICE.get(str(key)) or (None if near is None else f"did you mean '{near}'? --strict refuses it")
+            near, section = None if is_other else nearest(str(key), known), ""
+            if "parameters" in known and self.method is not None and str(key) in parameter_names(self.method):
+                near, section = str(key), "parameters."
+            typo = None if near is None else Typo(near, key_place, self.model, section=section)
+            advice = ADVICE.get(str(key)) or (None if typo is None else f"{typo.advice} --strict refuses it")
             self.notes.setdefault(str(key), f"{key_place}: ignored; {why}" + ("" if advice is None else f" ({advice})"))
-            if near is not None:
-                self.typos.append(Typo(near, key_place, self.model))
+            if typo is not None:
+                self.typos.append(typo)
         return {key: item for key, item in value.items() if key in known}
 
 

@@ -21,6 +21,8 @@ MEASURING, GENERATIONS = "measuring base and parents", "the generations"
 # Between the two that end a run come controls of the held-out table, and the winner's polish.
 CHOOSING, TUNING, HELDOUT = "choosing the winner", "making controls or polishing", "scoring on held-out examples"
 ENDING = (CHOOSING, TUNING, HELDOUT)
+# The seconds beside the generations from which on a search names its parts.
+NOTABLE = 10.0
 # The seconds of a day.
 DAY = 24 * 3600
 _CANDIDATE, _GRADIENT = "a candidate on all search examples", "a candidate and its gradient, on a minibatch"
@@ -144,6 +146,13 @@ class Plan:
         done = generations * min(1.0, saved / max(1, self.generations))
         return max(0.0, self.run.seconds - done) * self.expected_share * self.factor.value
 
+    def part_seconds(self, saved: int = 0) -> dict[str, float]:
+        """About the seconds of each of the run's parts where `saved` generations are done."""
+        expected, left = self.expected_share * self.factor.value, 1 - min(1.0, saved / max(1, self.generations))
+        return {
+            name: part.seconds * expected * (left if name == GENERATIONS else 1.0) for name, part in self.parts.items()
+        }
+
     @property
     def around_seconds(self) -> float:
         """About the seconds before and after the run, where nothing is compiled yet."""
@@ -188,7 +197,8 @@ class Plan:
         return data
 
     def summary(self, saved: int = 0) -> list[str]:
-        """Two lines: the memory, and the work where `saved` generations are done."""
+        """Lines on the memory, on the work where `saved` generations are done and, where much of it is no
+        generations', on its parts."""
         what, work = _CANDIDATE, self.candidate
         if self.gradient is not None:
             what, work = _GRADIENT, self.gradient
@@ -199,11 +209,14 @@ class Plan:
             done = "load, compile and write, the first time" if is_first else "load and write"
             more = f", and about {shown_seconds(around)} more to {done}"
         searched = "what is left of the search" if saved else "the whole search"
-        time = f"; {searched} takes {self._time(self.seconds_left(saved))}{more}" if self.fits else ""
+        left, beside = self.seconds_left(saved), self.seconds_left(self.generations)
+        time = f"; {searched} takes {self._time(left)}{more}" if self.fits else ""
+        parts = [f"plan: {self._shares(saved)}"] if self.fits and beside > max(left / 3, NOTABLE) else []
         return [
             f"plan: {shown_bytes(self.bank_bytes)} of models and up to {shown_bytes(self.pass_bytes)} for a pass, of "
             f"{shown_bytes(self.target.memory)} on each device",
             f"plan: {shown_number(work.flops)}FLOP {purpose}{time}",
+            *parts,
         ]
 
     def verdict(self) -> str:
@@ -269,14 +282,14 @@ class Plan:
                 f"{time if self.fits else ''}"
             )
         if self.fits:
-            shares = ", ".join(
-                f"{name} {shown_seconds(part.seconds * self.expected_share * self.factor.value)}"
-                for name, part in self.parts.items()
-            )
-            printed.append(f"the run takes {self._time(self.run_seconds)}: {shares}")
+            printed.append(f"the run takes {self._time(self.run_seconds)}: {self._shares()}")
             times = ", ".join(f"{name} {shown_seconds(work.seconds)}" for name, work in self.around.items())
             printed.append(f"around it, the first time: {times}")
         return [*self.notes, *printed]
+
+    def _shares(self, saved: int = 0) -> str:
+        """The parts of the run and their seconds."""
+        return ", ".join(f"{name} {shown_seconds(seconds)}" for name, seconds in self.part_seconds(saved).items())
 
     def _length(self) -> str:
         generations = f"{self.generations} generations"

@@ -349,7 +349,7 @@ def evolve(
                 _generation(
                     row, halved, values, seconds=seconds, best_parent=best_parent, scored_on=schedule.scored_on,
                     generations=None if config.parsed_budget.seconds else config.generations,
-                    seconds_left=clock.seconds_left(config, done, course, len(genomes)),
+                    seconds_left=clock.seconds_left(config, done, course, len(genomes), seconds_of(timing)),
                 )
             )  # fmt: skip
     finite = np.isfinite(state["fitness"])
@@ -409,20 +409,25 @@ def _best_parent(space: Space, row: Mapping[str, Any]) -> float | None:
 
 class _Clock:
     """Estimates the time that a search takes until its last generation. The seconds of compiling do not count, and
-    neither does a process's first generation."""
+    neither do a process's first generation and, beside evaluating, its second: the strategy is traced there, and the
+    libraries that save are imported."""
 
     def __init__(self) -> None:
         self._each = list[float]()
         self._ended: tuple[float, float] | None = None
 
-    def seconds_left(self, config: SearchConfig, done: int, course: Course, population: int) -> float | None:
+    def seconds_left(
+        self, config: SearchConfig, done: int, course: Course, population: int, evaluating: float
+    ) -> float | None:
         """Seconds until the last generation, or until a limit of `search.stop` or the budget, whichever comes first;
-        None after the process's first generation. done: the number of generations so far."""
+        None after the process's first generation. done: the number of generations so far; evaluating: the seconds of
+        the latest one's evaluation."""
         now, compiling, stop = time.perf_counter(), compilations().seconds, config.stop
         before, self._ended = self._ended, (now, compiling)
         if before is None:
             return None
-        self._each.append(max(0.0, now - before[0] - (compiling - before[1])))
+        each = max(0.0, now - before[0] - (compiling - before[1]))
+        self._each.append(each if self._each else min(each, evaluating))
         each = statistics.median(self._each)
         remaining = config.generations - done
         if stop.evaluations is not None:

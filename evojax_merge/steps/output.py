@@ -10,7 +10,7 @@ from evojax_merge.evaluation.devices import Devices
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.card import search_card
 from evojax_merge.report.comparison import Result, write_result
-from evojax_merge.report.plan import DAY, Plan, shown_seconds
+from evojax_merge.report.plan import DAY, ENDING, Plan, shown_seconds
 from evojax_merge.report.tables import scores_table
 from evojax_merge.search.checkpoints import Checkpoints, to_line
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -33,6 +33,10 @@ def print_setup(
     console.print(devices.describe())
     for line in (*problem.facts.notes, *prepared.notes, *problem.notes, *planned.summary(saved)):
         console.print(line, soft_wrap=True)
+    stop, parts = problem.search.stop.seconds, planned.part_seconds()
+    after = sum(parts.get(name, 0.0) for name in ENDING)
+    if planned.fits and stop is not None and after > stop:
+        say(f"search.stop.seconds: {stop:g} s of generations; what follows them takes about {shown_seconds(after)}")
     seconds = planned.seconds_left(saved) + planned.around_seconds
     if planned.fits and seconds > 3 * DAY:
         print_warning(
