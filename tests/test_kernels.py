@@ -380,6 +380,15 @@ def test_tiny_vectors(name: str, scale: float) -> None:
         check(name, options, models, parameters)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.5, 0.999, 1.0])
+def test_sce_keeps_the_first_of_entries_that_tie(share: float) -> None:
+    """Deltas of few values, most of whose variances are equal."""
+    rng, options = np.random.default_rng(2), Options(has_base=True)
+    models = [np.zeros((7, 11), np.float32), *rng.integers(-2, 3, (3, 7, 11)).astype(np.float32)]
+    expected = expected_merge("sce", options, models, {"select_topk": share})
+    np.testing.assert_allclose(merged("sce", options, models, {"select_topk": share}), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_light_deltas_count_alike_in_sce() -> None:
     """Below mean squares of 1e-6 in all, as light fine-tunes have them."""
     models = make_models(LARGE, 3, scale=1e-4)

@@ -39,15 +39,7 @@ def _prepare(options: Options, inputs: PrepareInputs) -> Prepared:
     # In float32, as mergekit counts here (and nowhere else): a gradient's 0.44999999999999996 is its 0.45.
     counts = (np.float32(nonzero) * densities.astype(np.float32)).astype(np.int64)
     kept = np.where(densities >= 1, size, np.where(densities > 0, counts, 0))
-    order = np.argsort(-variance, kind="stable")
-    number = np.empty(size, np.uint16)
-    # kept never falls: the first density whose count exceeds an entry's place keeps it.
-    number[order] = np.minimum(np.searchsorted(kept, np.arange(size), side="right"), NEVER_KEPT)
-    if len(densities) > 1:
-        # Past the last density there is nothing; the grid ends at 1, which keeps all.
-        number = np.where(number >= len(densities), NEVER_KEPT, number).astype(np.uint16)
-    else:
-        number[number > 0] = NEVER_KEPT
+    number = _largest(variance, int(kept[0])) if len(densities) == 1 else _first_kept(variance, kept)
     levels = np.minimum(number, len(densities)).astype(np.int64)
     squares = np.stack(
         [
@@ -60,6 +52,28 @@ def _prepare(options: Options, inputs: PrepareInputs) -> Prepared:
     share = np.where(alike, 1.0 / count, squares / np.where(alike, 1.0, total))
     threshold = np.arange(1, len(densities) + 1, dtype=np.int32)
     return Prepared((number.reshape(base.shape),), {"threshold": threshold, "share": share.astype(np.float32)})
+
+
+def _largest(variance: np.ndarray, count: int) -> np.ndarray:
+    """The numbers of entries, `uint16[n]`, where one density keeps `count` of them: in linear time."""
+    number, size = np.full(len(variance), NEVER_KEPT, np.uint16), len(variance)
+    if 0 < count < size:
+        least = np.partition(variance, size - count)[size - count]
+        number[variance > least] = 0
+        number[np.flatnonzero(variance == least)[: count - np.count_nonzero(number == 0)]] = 0
+    elif count:
+        number[:] = 0
+    return number
+
+
+def _first_kept(variance: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The numbers of entries, `uint16[n]`, where the ascending densities keep `kept` of them, int[G]."""
+    number = np.empty(len(variance), np.uint16)
+    # kept never falls: the first density whose count exceeds an entry's place keeps it.
+    order = np.argsort(-variance, kind="stable")
+    number[order] = np.minimum(np.searchsorted(kept, np.arange(len(order)), side="right"), NEVER_KEPT)
+    # Past the last density there is nothing; the grid ends at 1, which keeps all.
+    return np.where(number >= len(kept), NEVER_KEPT, number).astype(np.uint16)
 
 
 def _spread(stack: np.ndarray) -> np.ndarray:
