@@ -33,20 +33,16 @@ def silent_phase(name: str, steps: int) -> AbstractContextManager[Progress]:
 @contextmanager
 def loading_beside(backend: Backend, devices: Devices, folder: Path | None, seconds: list[float]) -> Iterator[Load]:
     """Load a bank in a thread while the block plans and compiles: large models of one process; others load when the
-    block asks for them. seconds: receives those that loading took; folder: see `Backend.load`. The thread ends at its
-    next tensor where the block raises."""
-
-    def load(progress: Progress) -> Any:
-        started = time.monotonic()
-        bank = backend.load(devices, progress, folder)
-        seconds.append(time.monotonic() - started)
-        return bank
-
+    block asks for them. seconds: receives those that loading takes by itself; folder: see `Backend.load`. The thread
+    ends at its next tensor where the block raises."""
     size, ended, pieces = backend.facts.stored_bytes, Event(), SimpleQueue[int]()
 
     def load_shown(phase: Phase) -> Any:
+        started = time.monotonic()
         with phase("loading", size) as progress:
-            return load(progress)
+            bank = backend.load(devices, progress, folder)
+        seconds.append(time.monotonic() - started)
+        return bank
 
     def count(done: int) -> None:
         if ended.is_set():
@@ -58,13 +54,18 @@ def loading_beside(backend: Backend, devices: Devices, folder: Path | None, seco
         yield load_shown
         return
     with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(load, count)
+        loading = pool.submit(backend.load, devices, count, folder)
 
         def shown(phase: Phase) -> Any:
+            started, waiting, done = time.monotonic(), pieces.qsize(), list[int]()
             with phase("loading", size) as progress:
                 while wait([loading], LOOK).not_done or not pieces.empty():
                     while not pieces.empty():
-                        progress(pieces.get())
+                        done.append(pieces.get())
+                        progress(done[-1])
+            # The tensors that came beside the plan took longer than they do by themselves.
+            alone = sum(done[waiting:])
+            seconds.append((time.monotonic() - started) * sum(done) / alone if alone else 0.0)
             return loading.result()
 
         try:
