@@ -65,7 +65,7 @@ MODELS = ("model", "source")
 class Typo:
     """An unused key at a place of a recipe, and the `name` that was likely meant. model: the reference of the model
     that has the key, where a model has it. is_misplaced: the key has the meant name, but all models share its value.
-    section: the one, beside the key, that the meant key belongs into."""
+    section: the one, beside the key, that the meant key belongs in."""
 
     name: str
     place: str
