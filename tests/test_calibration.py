@@ -13,6 +13,7 @@ from helpers.models import even_records, load_torch, random_records, state, tiny
 from helpers.searches import problem_of, search_config, task_section
 from merge_kernels import METHODS, CombineInputs, combine, prepare
 
+from evojax_merge.checkpoints import kept_vectors
 from evojax_merge.checkpoints import moments as moments_module
 from evojax_merge.errors import InputError
 from evojax_merge.schema.yaml_reader import load_yaml
@@ -166,6 +167,8 @@ def test_a_second_merge_or_search_on_the_same_models_runs_no_prompt(
     method: str, pair: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # A disk that is nearly full keeps none.
+    monkeypatch.setattr(kept_vectors, "FREE_SHARE", 0.0)
     measured: list[int] = []
     measure = moments_module.Moments._measure
     monkeypatch.setattr(
