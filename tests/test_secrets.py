@@ -1,5 +1,6 @@
 """Keys: what messages show in their place, and the address of a judge, which gets one, against hostile servers."""
 
+import ast
 import http.client
 import json
 import re
@@ -51,6 +52,61 @@ def test_no_message_shows_a_secret(name: str, key: str, monkeypatch: pytest.Monk
             assert (SECRET not in shown and f"[{name}]" in shown) or SECRET not in text, (text, shown)
     print_warning(texts[0])
     assert SECRET not in capsys.readouterr().err
+
+
+# The modules that talk to others over a network, by what they import.
+NETWORK = {
+    "datasets", "fsspec", "http", "httpx", "huggingface_hub", "mlflow", "oxen", "requests", "socket", "trackio",
+    "urllib", "wandb",
+}  # fmt: skip
+# Each takes secrets out of what it is given.
+DOORS = {"InputError", "Failed", "printable", "print_warning", "without_secrets"}
+# Where the text of an exception goes elsewhere, and why no key can be in it or leave with it.
+ELSEWHERE = {
+    "checkpoints/references.py: hub_failure": "its text goes into an InputError",
+    "checkpoints/remote.py: _failure": "its text goes into an InputError",
+    "errors.py: str": "library_errors, whose text goes into an InputError",
+    "evaluation/peers.py: first_line": "errors of this program, between processes of one user",
+    "evaluation/peers.py: str": "is searched for a word",
+    "judge/server.py: stop": "raised again where the search stands",
+    "tasks/language_judge.py: text": "its own words, which go into a Failed",
+    "tasks/records.py: str": "the JSON reader's words, which go into an InputError",
+    "tasks/task_folders.py: setdefault": "an InputError, raised where its task is asked for",
+}
+
+
+def texts_of_exceptions() -> Iterator[str]:
+    """The places, by module and innermost call, where a module that uses a network gives the exception that it caught
+    to a call or formats it, but for a call of `DOORS` around it."""
+    root = Path(errors.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        if not NETWORK & {
+            (node.module or "" if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
+            for node in imports
+            for alias in node.names
+        }:
+            continue
+        around = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        for handler in (node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name):
+            for use in ast.walk(handler):
+                parent = around.get(use)
+                if not (isinstance(use, ast.Name) and use.id == handler.name):
+                    continue
+                if not isinstance(parent, ast.FormattedValue | ast.Call):
+                    continue
+                called = []
+                while parent is not handler:
+                    if isinstance(parent, ast.Call):
+                        called.append(ast.unparse(parent.func).rpartition(".")[2])
+                    parent = around[parent]
+                if not DOORS & set(called) and called[:1] not in (["isinstance"], ["type"]):
+                    yield f"{file.relative_to(root)}: {called[0] if called else 'text'}"
+
+
+def test_what_a_library_says_of_a_network_is_shown_without_secrets() -> None:
+    assert set(texts_of_exceptions()) == ELSEWHERE.keys()
 
 
 def test_users_and_passwords_of_addresses_and_hidden_tokens_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

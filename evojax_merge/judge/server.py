@@ -16,7 +16,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, printable
 from evojax_merge.judge.activity import Activity
 from evojax_merge.judge.ballot import Ballot, Question
 from evojax_merge.judge.votes import CHOICES
@@ -177,7 +177,7 @@ def application(ballots: Sequence[Ballot], token: str, activity: Activity) -> An
         except Exception as error:
             # The search says so: the server prints nothing.
             ballot.stop(error)
-            return Response(str(error), 500, HEADERS)
+            return Response(printable(str(error)), 500, HEADERS)
         following = await run_in_threadpool(_state, ballots, judge)
         return answer({"counted": counted} | following | activity.state())
 
