@@ -31,6 +31,8 @@ from evojax_merge.system.regular_file import file_inside
 # Names of dtypes in safetensors, and bytes.
 STORED_DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz"})
+# No tensor has more bytes: file systems refuse files of some more.
+MOST_BYTES = 2**42
 EMPTY: Mapping[str, bytes] = MappingProxyType({})
 
 
@@ -184,6 +186,8 @@ def _tensor_headers(where: str, document: Mapping[str, Any]) -> dict[str, Tensor
         try:
             begin, end = map(int, entry["data_offsets"])
             headers[tensor] = TensorHeader(str(entry["dtype"]), tuple(map(int, entry["shape"])), end - begin)
+            if not all(0 <= number <= MOST_BYTES for number in (end - begin, *headers[tensor].shape)):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise InputError(where, f"{shown(tensor)}: expected a tensor's dtype, shape and data_offsets") from None
     return headers
@@ -216,7 +220,7 @@ def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[st
         contents[name] = _state(tail_shapes, weight, tensors).ljust(tensors[name].nbytes)[: tensors[name].nbytes]
     for name, module in shapes.items():
         packed = tensors.get(f"{module}.weight_packed")
-        if packed is None or len(packed.shape) != 2:
+        if packed is None or len(packed.shape) != 2 or tensors[name].nbytes not in (8, 16):
             continue
         rows, words = packed.shape
         bits = group_of(quantised, groups, module).bits
@@ -225,7 +229,7 @@ def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[st
         most, per_word = rows * words * 32 // bits, 32 // bits
         shape = _shape_of(tail_shapes, f"{module}.weight", most - rows * (per_word - 1), most)
         shape = shape if shape[0] == rows else (rows, words * per_word)
-        contents[name] = np.array(shape, f"<i{tensors[name].nbytes // 2}").tobytes()
+        contents[name] = np.array(shape, np.int64).astype(f"<i{tensors[name].nbytes // 2}").tobytes()
     return contents
 
 
