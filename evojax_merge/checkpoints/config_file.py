@@ -256,7 +256,7 @@ def check_dtype(path: object, config: Mapping[str, Any]) -> None:
     attribute of torch by that name."""
     for key in ("dtype", "torch_dtype"):
         dtype = config.get(key)
-        if isinstance(dtype, list) or (isinstance(dtype, str) and dtype not in TORCH_DTYPES):
+        if not (dtype is None or (isinstance(dtype, str) and dtype in TORCH_DTYPES)):
             raise InputError(path, f"{key}: unknown dtype {shown(dtype)}{did_you_mean(str(dtype), TORCH_DTYPES)}")
 
 

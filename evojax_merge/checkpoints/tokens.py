@@ -200,8 +200,8 @@ def chat_template(folder: Path) -> str | None:
         return read_regular(file, "a chat template", TOKENIZER_BYTES).decode(errors="replace")
     named = read_json_object(folder / "tokenizer_config.json", missing={}).get("chat_template")
     if isinstance(named, list):
-        templates = {entry.get("name"): entry.get("template") for entry in named if isinstance(entry, dict)}
-        named = templates.get("default")
+        entries = [entry for entry in named if isinstance(entry, dict) and entry.get("name") == "default"]
+        named = entries[-1].get("template") if entries else None
     return named if isinstance(named, str) and named else None
 
 
