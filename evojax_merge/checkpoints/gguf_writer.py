@@ -37,7 +37,7 @@ from evojax_merge.version import __version__
 # Values that are quantised together.
 PIECE = 2**20
 # The key that tells files of this program from anybody else's; it is among the first.
-OWN_KEY = "evojax_merge.version"
+OWN_KEY, OWN_TYPE = "evojax_merge.version", "evojax_merge.file_type"
 # Keys of a base that say what the base is, not how it is read.
 OF_ITS_OWN = (
     "general.name", "general.basename", "general.finetune", "general.version", "general.description", "general.uuid",
@@ -266,5 +266,7 @@ def carried_metadata(base: Mapping[str, Any], with_tokens: bool) -> dict[str, An
 
 
 def is_our_gguf(content: bytes) -> bool:
-    """Return whether this program wrote the GGUF file that begins with this content."""
-    return content.startswith(MAGIC) and OWN_KEY.encode() in content[:4096]
+    """Return whether this program wrote the GGUF file that begins with this content. A program that quantises a file
+    keeps its keys, but for the type."""
+    types = [content.partition(key.encode())[2][4:8] for key in ("general.file_type", OWN_TYPE)]
+    return content.startswith(MAGIC) and OWN_KEY.encode() in content[:4096] and types[0] == types[1]
