@@ -68,7 +68,7 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, Any]:
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    return metadata | ({"tokenizer.chat_template": template} if template else {})
+    return metadata | ({"tokenizer.chat_template": template} if template and isinstance(template, str) else {})
 
 
 def _split_name(folder: Path, backend: Any, whole_words: bool) -> str:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.checkpoints.derived import split_reference
+from evojax_merge.checkpoints.derived import ignored_revisions, split_reference
 from evojax_merge.checkpoints.references import local_path
 from evojax_merge.checkpoints.writer import check_new_model, check_output, require_space
 from evojax_merge.commands.merge import MergeOptions, parts_of_runs
@@ -51,7 +51,7 @@ def write_mixture(
     keep = [*keep, *local, *([path] if isinstance(recipe, Path) else []), *parts_of_runs(out)]
     check_new_model(out, options.overwrite, keep)
     plan = plan_mixture(path, parsed, text, resolve_reference, path.parent, options, allow_same)
-    for line in (*ignored, *plan.warnings):
+    for line in (*ignored, *ignored_revisions(references, path.parent), *plan.warnings):
         warn(line)
     check = partial(check_output, out, [*keep, *plan.inputs])
     check()

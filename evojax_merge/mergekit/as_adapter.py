@@ -6,6 +6,7 @@ biases, which are no matrices, go into the adapter as they are. Of a matrix much
 vectors come from a block Krylov space (Musco & Musco 2015, arXiv:1504.05477).
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -285,6 +286,9 @@ def _write_differences(
         change = after - before if differs else np.zeros(0, np.float32)
         change = change.T if leaf is not None and leaf.transposed else change
         size = float(np.linalg.norm(change))
+        if not math.isfinite(size):
+            what = f"{tensors[name]} differs from the base's by more than float32 holds; expected a fine-tune of it"
+            raise InputError(merge_plan.leader.path, what)
         norms += np.square([size, float(np.linalg.norm(before))]) if values.ndim > 1 else 0
         if not of_experts and options.is_whole(module, leaf):
             is_kept = False
