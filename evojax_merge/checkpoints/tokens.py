@@ -111,7 +111,8 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer("")
         largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= MOST_ROWS:
-        raise InputError(folder, f"its tokenizer has a token of number {largest:,}; expected numbers below {MOST_ROWS:,}")
+        what = f"its tokenizer has a token of number {largest:,}; expected numbers below {MOST_ROWS:,}"
+        raise InputError(folder, what)
     return tokenizer
 
 
