@@ -18,6 +18,7 @@ import numpy as np
 from evojax_merge.checkpoints.bitsandbytes import STATE
 from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_of
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
+from evojax_merge.checkpoints.derived import sources_of
 from evojax_merge.checkpoints.folder import INDEX_FILE, PIPELINE_INDEX, SINGLE_FILE, SMALL_FILES, VARIANTS, weight_map
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.parents import tensor_shapes
@@ -31,7 +32,7 @@ from evojax_merge.system.regular_file import file_inside
 # Names of dtypes in safetensors, and bytes.
 STORED_DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz"})
-# No tensor has more bytes: file systems refuse files of some more.
+# No file has more bytes of tensors: file systems refuse files of some more.
 MOST_BYTES = 2**42
 EMPTY: Mapping[str, bytes] = MappingProxyType({})
 
@@ -91,7 +92,8 @@ class HeaderFolders:
         """The model, or where it is a folder with a config.json and no weights, one of headers with the shapes that the
         config means. Raises InputError as `read_decoder_config` does."""
         config = model / "config.json"
-        if not config.is_file() or any(file.suffix in WEIGHT_SUFFIXES for file in model.iterdir()):
+        has_weights = sources_of(model).kind or any(file.suffix in WEIGHT_SUFFIXES for file in model.iterdir())
+        if not config.is_file() or has_weights:
             return model
         if str(model) not in self.known:
             settings = decoder_settings(read_json_object(config, missing={}))
@@ -190,6 +192,9 @@ def _tensor_headers(where: str, document: Mapping[str, Any]) -> dict[str, Tensor
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise InputError(where, f"{shown(tensor)}: expected a tensor's dtype, shape and data_offsets") from None
+    total = sum(header.nbytes for header in headers.values())
+    if total > MOST_BYTES:
+        raise InputError(where, f"describes {total:,} bytes of tensors; expected at most {MOST_BYTES:,}")
     return headers
 
 

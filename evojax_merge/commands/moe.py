@@ -16,7 +16,7 @@ from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.report.card import card_in_dtype, merge_card
 from evojax_merge.report.notices import Log
 from evojax_merge.report.progress import merge_bar
-from evojax_merge.schema.yaml_reader import load_yaml
+from evojax_merge.schema.yaml_reader import load_yaml, read_text
 from evojax_merge.system.console import console
 from evojax_merge.system.file_system import recover
 from evojax_merge.system.without_torch import leave_torch_out
@@ -41,7 +41,7 @@ def write_mixture(
     replaced."""
     recover(out)
     if isinstance(recipe, Path):
-        path, document, text = recipe, load_yaml(recipe), recipe.read_text(encoding="utf-8")
+        path, document, text = recipe, load_yaml(recipe), read_text(recipe)
     else:
         path, document, text = Path("recipe"), recipe, dump_yaml(recipe)
     parsed, ignored = parse_mixture(path, document)

@@ -10,10 +10,12 @@ from typing import Any
 
 from hostile import Case, World, changing, link, together
 from hostile.gguf import F64, LIST, TEXT, U8, U64, Raw, file, listed
+from hostile.outputs import finished_run
 from hostile.quantised import adapter, edited
 
 Change = Callable[[World], Any]
-EMBEDDING, UP = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
 HUGE = 10**400
 PROMPTS = (["w4 w5 w6", "w7 w8"], ["w20 w21 w22 w23", "w24"])
 
@@ -23,7 +25,7 @@ def values(name: str, value: float, model: str = "one") -> Change:
     return edited(lambda tensors: tensors[name].fill_(value), f"{model}/model.safetensors")
 
 
-def text(name: str, content: str) -> Change:
+def text(name: str, content: str | bytes) -> Change:
     return lambda world: world.write(name, content)
 
 
@@ -69,18 +71,19 @@ MIXTURES = [
     mixture("the name of a GGUF file", moe(out="out.gguf"), "out.gguf: is the name of a GGUF file"),
     mixture("settings of generation that are garbage", moe(text(GENERATION, "{")), GENERATION, "not valid JSON"),
     mixture("settings of generation that are a pipe", moe(pipe(GENERATION)), GENERATION, "a pipe"),
-    mixture("numbers beyond float16", moe(values(UP, 1e6), dtype="float16"), "one/model", UP[:20], "in float16"),
+    mixture("numbers beyond float16", moe(values(UP, 1e6), dtype="float16"), "one/model", "layers.1", "in float16"),
     mixture("noise without measure", moe(experts=experts(noise_scale=3e38)), "one/model", "in float32"),
-    mixture("a scale without measure", moe(experts=experts(residual_scale=3e38)), "one/model", "in float32"),
+    mixture("a scale without measure", moe(values(DOWN, 2.0), experts=experts(residual_scale=3e38)), "one/model",
+            "in float32"),
     mixture("infinite noise", moe(experts=experts(noise_scale=float("inf"))), "moe.yaml: experts[0].noise_scale"),
     mixture("an expert of NaN", moe(values(UP, float("nan"))), "one/model.safetensors: ", "NaN or Inf"),
     mixture("a base whose hidden states are NaN", moe(values("model.layers.0.mlp.up_proj.weight", 3e38, "base")),
             "base: ", "gate.weight", "NaN or Inf"),
     mixture("a prompt longer than the context", moe(experts=experts(positive_prompts=["w5 " * 300])),
-            "base/config.json: ", "300 tokens", "context, 256"),
+            "base/config.json: ", "301 tokens", "context, 256"),
     mixture("a prompt of no token", moe(experts=experts(positive_prompts=[7])), "positive_prompts"),
     *(mixture(f"{key} {value!r:.20}", moe(**{key: value}), f"moe.yaml: {key}") for key, value in (
-        ("experts_per_token", 0), ("experts_per_token", 3), ("experts_per_token", HUGE), ("experts_per_token", "2"),
+        ("experts_per_token", 0), ("experts_per_token", 3), ("experts_per_token", HUGE), ("experts_per_token", 1.5),
         ("experts", None), ("experts", {}), ("experts", [1]), ("layers", [LAYER] * 2), ("architecture", "foo"),
         ("layers", [LAYER | {"experts": [0, 5]}]), ("layers", [LAYER | {"scale": [1]}] * 3), ("random_seed", 2**63),
         ("gate_mode", "hiden"))),
@@ -117,7 +120,6 @@ EXTRACTED = [
               lines=2),
     extracted("sizes without measure", extract("--sv-epsilon", "inf", "-i", "mlp"), "options leave out"),
     extracted("an expression that is none", extract("-e", "("), "--exclude-regex: the pattern '('"),
-    extracted("an expression without end", extract("-e", "(.|.)*(.|.)*(.|.)*!"), "--exclude-regex: ", "too many ways"),
     extracted("the name of a GGUF file", extract(out="out.gguf"), "out.gguf: is the name of a GGUF file"),
     extracted("NaN", extract(change=values(UP, float("nan"))), "one/model.safetensors: ", "NaN or Inf"),
     *(extracted(f"over {what}", extract("--overwrite", change=thesis(), out=out), f"{out}: ", says)
@@ -131,6 +133,14 @@ EXTRACTED = [
 ATTENTION = "base_model.model.model.layers.0.self_attn.q_proj"
 FACTORS = {f"{ATTENTION}.lora_A.weight": (4, 48), f"{ATTENTION}.lora_B.weight": (48, 4)}
 MERGE = ("merge", "recipe.yaml", "out")
+EXPORTS = [
+    *(Case(f"export: a recipe that is {what}", lambda world, make=make: (finished_run(world), make(world), (
+        "export", "run", "out"))[2], ("run/best/recipe.yaml: ", says)) for what, make, says in (
+            ("a pipe", pipe("run/best/recipe.yaml"), "a pipe"),
+            ("not UTF-8", text("run/best/recipe.yaml", b"\xff"), "UTF-8"))),
+    Case("export: an adapter by the name of a GGUF file", lambda world: (finished_run(world), (
+        "export", "run", "out.GGUF", "--as", "adapter", "--rank", "2"))[1], ("out.GGUF",)),
+]  # fmt: skip
 ADAPTERS = [
     Case(f"adapter: {key} {value!r:.20}", adapter(FACTORS, **{key: value}), (f"adapter_config.json: {key}",), MERGE)
     for key, value in (
@@ -167,6 +177,13 @@ def donors(edit: Callable[[Any], Any]) -> Change:
     return edited(lambda tensors: tensors.update({EMBEDDING: edit(tensors[EMBEDDING])}), "donor/model.safetensors")
 
 
+def numbered(world: World) -> None:
+    """The donor's last token, by a number without measure."""
+    tokens = json.loads((world / "donor/tokenizer.json").read_text())
+    tokens["model"]["vocab"]["z39"] = 4 * 10**9
+    world.write("donor/tokenizer.json", json.dumps(tokens))
+
+
 def transplanted(name: str, change: Change, *says: str, **more: Any) -> Case:
     return Case(f"transplant: {name}", change, says, **more)
 
@@ -174,9 +191,18 @@ def transplanted(name: str, change: Change, *says: str, **more: Any) -> Case:
 TRANSPLANTED = [
     transplanted("settings of generation that are garbage", transplant(
         change=text("donor/generation_config.json", "{")), "donor/generation_config.json: ", "not valid JSON"),
-    *(transplanted(f"over {what}", transplant("--overwrite", change=thesis(), out=out), f"{out}: ", says)
-      for what, out, says in (("a thesis", "out", "'thesis.tex'"), ("the donor", "donor", "this command reads"),
-                              ("a place in the donor", "donor/x", "lies inside of"))),
+    *(transplanted(f"an embedding of {what}", transplant(change=donors(edit)), "/donor: ", EMBEDDING, "float matrix",
+                   lines=2)
+      for what, edit in (("one axis", lambda rows: rows[:, 0].clone()), ("no column", lambda rows: rows[:, :0].clone()),
+                         ("no row", lambda rows: rows[:0].clone()), ("integers", lambda rows: rows.int()),
+                         ("three axes", lambda rows: rows[:, :, None].clone()))),
+    transplanted("no embedding", transplant(change=edited(
+        lambda tensors: tensors.pop(EMBEDDING), "donor/model.safetensors")), "/donor: ", "no such tensor", lines=2),
+    transplanted("a token of number 4,000,000,000", transplant(change=numbered), "/donor: ", "4,000,000,000"),
+    *(transplanted(f"over {what}", transplant("--overwrite", change=thesis(), out=out), f"{out}: ", says, lines=lines)
+      for what, out, says, lines in (
+          ("a thesis", "out", "'thesis.tex'", 1), ("the donor", "donor", "this command reads", 1),
+          ("a place in the donor", "donor/x", "lies inside of", 2))),
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -195,4 +221,4 @@ GGUF = [
         "NaN": Raw(F64, struct.pack("<d", float("nan"))), "a large number": 2**63, "no text": "",
     }.items()),
 ]  # fmt: skip
-CASES: list[Case] = [*MIXTURES, *EXTRACTED, *ADAPTERS, *TRANSPLANTED, *GGUF]
+CASES: list[Case] = [*MIXTURES, *EXTRACTED, *ADAPTERS, *EXPORTS, *TRANSPLANTED, *GGUF]
