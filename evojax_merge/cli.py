@@ -23,6 +23,7 @@ from evojax_merge.cli_parts import (
     OUTPUT_DTYPE,
     SEED,
     Commands,
+    FloatRange,
     InitCommand,
     import_command,
     run,
@@ -223,7 +224,7 @@ def plan(
 @cli.command(short_help="Measure this device: merging, scoring, decoding, a generation of a search.")
 @click.option("--shape", metavar="NAME", help="Of the models: 7B, 3B, 1B, 100M, 10M. Default: the largest that fits.")
 @click.option(
-    "--seconds", type=click.FloatRange(1, 86_400), default=540, show_default=True, metavar="SECONDS",
+    "--seconds", type=FloatRange(1, 86_400), default=540, show_default=True, metavar="SECONDS",
     help="What would take longer is left out.",
 )  # fmt: skip
 @click.option("--json", "json_file", type=FILE, help="Write figures, machine and versions here.")
@@ -337,7 +338,7 @@ def transplant_tokenizer(model: str, donor: str, out: Path, **options: Any) -> N
 @click.option("--base", "--base-model", "base", required=True, type=click.Path(), help="The model it was made from.")
 @click.option("--max-rank", type=click.IntRange(1, 2**16), default=128, show_default=True, help="The largest rank.")
 @click.option(
-    "--energy", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+    "--energy", type=FloatRange(0, 1, min_open=True), metavar="SHARE",
     help="Of each matrix the smallest rank that keeps this share of its squared change.",
 )  # fmt: skip
 @click.option("--distribute-scale/--no-distribute-scale", default=True, help="Split singular values between A and B.")
@@ -345,7 +346,7 @@ def transplant_tokenizer(model: str, donor: str, out: Path, **options: Any) -> N
 @click.option("--save-module", multiple=True, metavar="NAME", help="Save this module whole; repeatable.")
 @click.option("--exclude-regex", "-e", multiple=True, help="Leave modules out whose names match; repeatable.")
 @click.option("--include-regex", "-i", multiple=True, help="Change only modules whose names match; repeatable.")
-@click.option("--sv-epsilon", type=click.FloatRange(0), default=0.0, help="Leave out singular values up to this.")
+@click.option("--sv-epsilon", type=FloatRange(0), default=0.0, help="Leave out singular values up to this.")
 @click.option("--skip-undecomposable", is_flag=True, help="Leave norms as they are in the base.")
 @click.option("--tasks", type=FILE, help="Score base, model and adapter on these tasks as well.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a folder that evojax-merge wrote.")

@@ -30,6 +30,15 @@ DONE, FAILED, WRONG_INPUT = 0, 1, 2
 # Commands that print lists.
 LISTS = frozenset({"methods", "strategies", "architectures", "keys", "runs", "show", "compare"})
 
+
+class FloatRange(click.FloatRange):
+    """A range in which NaN is not: it passes every comparison of click's."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return number if number == number else self.fail(f"{value} is no number.", param, ctx)
+
+
 with_overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG."
 )

@@ -1,6 +1,7 @@
 """Decoders whose layers are of several types, in configs of three kinds each, at rows shorter and longer than a
 chunk."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,13 @@ def test_sequences_in_one_row_know_nothing_of_each_other(models: tuple[Any, Any,
 # ---------------------------------------------------------------------------------------------------------------
 # What is refused
 
+KERNELS = {
+    "granitemoehybrid": "mamba_d_conv", "falcon_h1": "mamba_d_conv", "nemotron_h": "conv_kernel",
+    "qwen3_next": "linear_conv_kernel_dim", "qwen3_5_text": "linear_conv_kernel_dim", "lfm2": "conv_L_cache",
+    "lfm2_moe": "conv_L_cache",
+}  # fmt: skip
+# Python makes no float of it.
+HUGE = 10**400
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another family's type of layer": (
         "granitemoehybrid",
@@ -111,6 +119,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a chunk of nothing": ("falcon_h1", {"mamba_chunk_size": 0}, "mamba_chunk_size: 0"),
     "a head that is never tied": ("nemotron_h", {"tie_word_embeddings": True}, "tie_word_embeddings: True; expected"),
     "a convolution of nothing": ("lfm2", {"conv_L_cache": 0}, "conv_L_cache: 0"),
+    **{
+        f"a convolution of {tokens} tokens, {kind}": (kind, {key: tokens}, f"{key}: {tokens}; .* 2 to 256")
+        for kind, key in KERNELS.items() for tokens in (1, 3000)
+    },
+    **{
+        f"{key} {value}, {kind}": (kind, {key: value}, f"{key}: .*; expected")
+        for kind, key, value in (
+            ("granitemoehybrid", "time_step_limit", [0, HUGE]), ("falcon_h1", "time_step_limit", [math.nan, 1.0]),
+            ("falcon_h1", "time_step_limit", [math.inf, 1.0]), ("falcon_h1", "mlp_multipliers", [HUGE, 1.0]),
+            ("falcon_h1", "ssm_multipliers", [math.nan] * 5), ("falcon_h1", "mlp_multipliers", [math.inf, 1.0]),
+        )
+    },
 }  # fmt: skip
 
 

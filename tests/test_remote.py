@@ -20,6 +20,8 @@ from test_devices import CHOICE
 
 import evojax_merge as em
 from evojax_merge.checkpoints import remote
+from evojax_merge.checkpoints.derived import SOURCES, open_model, sources_of
+from evojax_merge.checkpoints.gguf_file import TENSORS
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.remote import FILES, cached, fetched
 from evojax_merge.errors import InputError
@@ -135,6 +137,40 @@ def test_a_header_that_describes_no_tensor_is_named(family: Family, tmp_path: Pa
     header = json.dumps({"weight": {"dtype": "F32", "shape": [2]}}).encode()
     content = len(header).to_bytes(8, "little") + header
     fsspec.filesystem("memory").pipe_file("/bucket/odd/parent0/model.safetensors", content)
+    with pytest.raises(
+        InputError, match=r"model\.safetensors: 'weight': expected a tensor's dtype, shape and data_off"
+    ):
+        HeaderFolders(tmp_path).resolve("base", address, tmp_path)
+
+
+def test_a_store_names_no_weights_of_the_user(family: Family, tmp_path: Path) -> None:
+    """A folder of a store is no folder that this program made, whatever files it has."""
+    import fsspec
+
+    (tmp_path / "mine").write_bytes(b"mine" * 2**14)
+    tensor = {"dtype": "float32", "shape": [64, 48], "kind": 0, "start": 0, "stop": 12288, "heads": 0, "offset": 0.0}
+    files = {
+        SOURCES: {"kind": "gguf", "paths": [str(tmp_path / "mine")]}, TENSORS: {"model.embed_tokens.weight": tensor},
+    }  # fmt: skip
+    address = stored(family, "parent0", "memory://bucket/lying/parent0")
+    for name, content in files.items():
+        fsspec.filesystem("memory").pipe_file(f"/bucket/lying/parent0/{name}", json.dumps(content).encode())
+    model = fetched("parents[0]", address)
+    assert (model / SOURCES).exists() and sources_of(model).paths == (str(model),)
+    assert open_model(model).files == [model / "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "entry", [{"data_offsets": [0, 2**62]}, {"data_offsets": [9, 0]}, {"data_offsets": [0, 10**400]}, {"shape": [-1]}]
+)
+def test_a_header_that_lies_about_sizes_is_named(entry: dict[str, Any], family: Family, tmp_path: Path) -> None:
+    import fsspec
+
+    address = stored(family, "parent0", "memory://bucket/sizes/parent0")
+    row = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | entry
+    header = json.dumps({"weight": row}).encode()
+    content = len(header).to_bytes(8, "little") + header
+    fsspec.filesystem("memory").pipe_file("/bucket/sizes/parent0/model.safetensors", content)
     with pytest.raises(
         InputError, match=r"model\.safetensors: 'weight': expected a tensor's dtype, shape and data_off"
     ):

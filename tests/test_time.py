@@ -421,6 +421,10 @@ def test_scores_that_are_not_finite_and_the_oldest_are_not_kept(
     read = kept.read("heldout", model, sizes)
     assert read is not None and (read.matrices["text"]["log_likelihood"] == np.float32([[-0.1, -1 / 3]])).all()
     assert kept.read("search", model, sizes) is None and kept.read("heldout", model, {"text": 3}) is None
+    # A file that is whole JSON, with another digit.
+    for file in (cache / "scores").iterdir():
+        file.write_text(file.read_text().replace("-0.1", "-0.2"))
+    assert kept.read("heldout", model, sizes) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------

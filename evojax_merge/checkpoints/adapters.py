@@ -28,7 +28,7 @@ from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.writer import GrowingFile
 from evojax_merge.errors import InputError, nearest, shown
 from evojax_merge.models.architecture import EMBEDDING, HEAD, known_architecture
-from evojax_merge.models.config_keys import TEXTS, Expected, is_number, whole
+from evojax_merge.models.config_keys import FINITE, TEXTS, Expected, whole
 from evojax_merge.schema.patterns import pattern_matches
 
 Number = TypeVar("Number", int, float)
@@ -55,7 +55,6 @@ BASE = Expected(lambda value: value is None or isinstance(value, str), "a folder
 NAMES = replace(TEXTS, words="a list of modules' names")
 PATTERNS = Expected(lambda value: isinstance(value, dict), "a mapping from modules' names")
 RANK = whole(1, 2**16)
-ALPHA = Expected(lambda value: is_number(value) and math.isfinite(value), "a finite number")
 SWITCH = Expected(lambda value: value is None or isinstance(value, bool), "true or false")
 # The keys that switch something on, by the field of `AdapterConfig`.
 SWITCHES = {
@@ -154,9 +153,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         path=path,
         base=base or None,
         rank=RANK.check(path, "r", raw.get("r", 8)),
-        alpha=float(ALPHA.check(path, "lora_alpha", raw.get("lora_alpha", 8))),
+        alpha=float(FINITE.check(path, "lora_alpha", raw.get("lora_alpha", 8))),
         ranks=by_pattern("rank_pattern", RANK),
-        alphas={name: float(value) for name, value in by_pattern("alpha_pattern", ALPHA).items()},
+        alphas={name: float(value) for name, value in by_pattern("alpha_pattern", FINITE).items()},
         targets=targets,
         saved_modules=tuple(NAMES.check(path, "modules_to_save", raw.get("modules_to_save") or [])),
         **{field: bool(SWITCH.check(path, key, raw.get(key))) for field, key in SWITCHES.items()},

@@ -20,6 +20,7 @@ import numpy as np
 from evojax_merge.checkpoints.folder import ComputedTensor, Tensor
 from evojax_merge.checkpoints.quantised import BYTES, FLOATS, QuantisedFolder, check_matrix
 from evojax_merge.errors import InputError, shown
+from evojax_merge.models.config_keys import FINITE, SIZE
 
 SCALES = ".SCB"
 # The layout of the int8 weights; 0: plain rows of outputs.
@@ -44,10 +45,11 @@ def coded_blocks(
     codes = np.stack([octets >> 4, octets & 15], axis=-1).reshape(-1)[:count]
     largest = parts[2]
     if nested_block:
-        nested = np.repeat(parts[4].astype(np.float32), nested_block)[: len(largest)]
+        nested = np.repeat(parts[4].astype(np.float32), min(nested_block, len(largest)))[: len(largest)]
         largest = parts[3].astype(np.float32)[largest] * nested + np.float32(nested_offset)
     values = parts[1].astype(np.float32)[codes]
-    values *= np.repeat(largest.astype(np.float32, copy=False), block)[:count]
+    # A block may be longer than the matrix: no more is written out than the matrix has.
+    values *= np.repeat(largest.astype(np.float32, copy=False), min(block, count))[:count]
     return values.reshape(shape)
 
 
@@ -108,9 +110,9 @@ def _read_state(tensor: Tensor, name: str) -> dict[str, Any]:
         raise InputError(tensor.file, f"{name} is {tensor.dtype}; expected uint8, the bytes of JSON")
     try:
         state = json.loads(tensor.load().tobytes())
-        sizes = [*state["shape"], *(state[key] for key in ("blocksize", "nested_blocksize") if key in state)]
-        whole = len(state["shape"]) == 2 and all(type(size) is int and size > 0 for size in sizes)
-        if whole and math.isfinite(float(state.get("nested_offset", 0.0))):
+        sizes = [*state["shape"], state["blocksize"], state.get("nested_blocksize", 1)]
+        whole = len(state["shape"]) == 2 and all(map(SIZE.accepts, sizes))
+        if whole and FINITE.accepts(state.get("nested_offset", 0.0)):
             return {"nested_offset": 0.0, **state}
         content = shown(state)
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -14,8 +14,8 @@ from typing import Any
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.models.architecture import Architecture, find_architecture, known_architecture
-from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.config_keys import INFINITY, Expected
+from evojax_merge.models.config import NO_WINDOW, DecoderConfig
+from evojax_merge.models.config_keys import CONTEXT, INFINITY, Expected
 
 # The dtypes that a model's weights may have by its config.json, in torch's words.
 TORCH_DTYPES = (
@@ -91,6 +91,13 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {"num_hidden_layers", "tie_word_embeddings", "vocab_size"}
     read = set(find_architecture(config["model_type"]).keys) | set(_neutral(1, 1, 1))
     return {key: value for key, value in config.items() if key in read - sizes}
+
+
+def trained_positions(settings: Mapping[str, Any]) -> int:
+    """The number of positions that a decoder's settings name; NO_WINDOW where they name none, or what no architecture
+    takes: some do not read the key."""
+    value = settings.get("max_position_embeddings")
+    return value if CONTEXT.accepts(value) else NO_WINDOW
 
 
 def unread_keys(config: Mapping[str, Any]) -> list[str]:
@@ -249,7 +256,7 @@ def check_dtype(path: object, config: Mapping[str, Any]) -> None:
     attribute of torch by that name."""
     for key in ("dtype", "torch_dtype"):
         dtype = config.get(key)
-        if isinstance(dtype, list) or (isinstance(dtype, str) and dtype not in TORCH_DTYPES):
+        if not (dtype is None or (isinstance(dtype, str) and dtype in TORCH_DTYPES)):
             raise InputError(path, f"{key}: unknown dtype {shown(dtype)}{did_you_mean(str(dtype), TORCH_DTYPES)}")
 
 

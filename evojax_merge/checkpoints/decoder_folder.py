@@ -29,6 +29,7 @@ from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD, NEXT_LAYERS, Architecture, known_architecture
 from evojax_merge.models.config import DecoderConfig, ProjectorConfig
+from evojax_merge.models.config_keys import one_of
 from evojax_merge.models.layers import ACTIVATIONS
 from evojax_merge.models.projector import FIRST, PREFIX
 
@@ -36,6 +37,8 @@ from evojax_merge.models.projector import FIRST, PREFIX
 PROJECTOR = "projector"
 # transformers' name of every model's head.
 LM_HEAD = "lm_head.weight"
+# A tensor without a byte may say that it holds any number of experts, of which each gets a name.
+MOST_PACKED = 100_000
 # The beginnings of tensors' names in older files of larger models, and in transformers' memory; applied one after the
 # other.
 IN_MEMORY = (
@@ -298,12 +301,8 @@ def decoder_with_projector(whole: Folder) -> DecoderFolder:
             folder.path, f"its projector cannot be merged: model_type is {kind}; components: projector is for llava "
             "models, which all of the models then are",
         )  # fmt: skip
-    activation = config.get("projector_hidden_act", "gelu")
-    if activation not in ACTIVATIONS:
-        raise InputError(
-            folder.path / "config.json", f"projector_hidden_act: {shown(activation)}; expected one of "
-            f"{', '.join(ACTIVATIONS)}, to merge projectors",
-        )  # fmt: skip
+    key, place = "projector_hidden_act", folder.path / "config.json"
+    activation = one_of(*ACTIVATIONS).check(place, key, config.get(key, "gelu"))
     names = replace(folder.names, projector=stored.removesuffix(marker))
     prefix = names.projector + PREFIX
     merged = {names.of_architecture(name): entry for name, entry in folder.other_modules.items()
@@ -324,6 +323,8 @@ def _parts(architecture: Architecture, name: str, entry: Tensor) -> dict[str, Te
         leaves = [leaf for leaf in architecture.leaves if leaf.name in held]
         if match is None or any(len(entry.shape) != len(leaf.shape) for leaf in leaves):
             continue
+        if entry.shape[0] > MOST_PACKED:
+            raise InputError(entry.file, f"{name} has {entry.shape[0]:,} experts; expected at most {MOST_PACKED:,}")
         layer, rows = int(match[1]), entry.shape[-2] // len(leaves)
         places = [(expert,) for expert in range(entry.shape[0])] if leaves[0].has_experts else [()]
         return {

@@ -116,9 +116,9 @@ ADAPTED = ("adapter", "lora", "single-file lora")
 
 
 def sources_of(path: Path) -> ModelSources:
-    """The sources of a model's weights. Reads the file of folders in the user's cache only. Raises InputError for a
-    damaged file."""
-    document = read_json_object(path / SOURCES, missing={}) if cache_folder() in path.parents else {}
+    """The sources of a model's weights. Reads the file of the folders that `_stand_in` makes, and of no other: models
+    that strangers' stores hold lie in the cache as well. Raises InputError for a damaged file."""
+    document = read_json_object(path / SOURCES, missing={}) if path.parent == _stand_ins() else {}
     if not document:
         return ModelSources("", (str(path),))
     kind, paths = document.get("kind"), document.get("paths")
@@ -331,7 +331,8 @@ def _stand_in(sources: ModelSources, name: str, state: Any, write: Callable[[Pat
     """The folder in the cache that stands for a model of these sources in this state: written where it is missing or
     damaged. Messages name the files that the folder's files are made of."""
     key = hashlib.sha256(json.dumps([VERSION, asdict(sources), state]).encode()).hexdigest()
-    folder = cache_folder() / "models" / f"{name[:80]}-{key[:16]}"
+    short = name.encode()[:80].decode(errors="ignore")
+    folder = _stand_ins() / f"{short}-{key[:16]}"
     # Something else has the folder's name.
     remove_link(folder)
     remove_file(folder)
@@ -357,6 +358,10 @@ def _stand_in(sources: ModelSources, name: str, state: Any, write: Callable[[Pat
         made_of = os.readlink(file) if file.is_symlink() else source / file.name if source.is_dir() else source
         name_in_messages(file, made_of)
     return folder
+
+
+def _stand_ins() -> Path:
+    return cache_folder() / "models"
 
 
 def _contents(folder: Path) -> dict[str, str]:

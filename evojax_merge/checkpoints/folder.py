@@ -47,6 +47,8 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+# A tensor without a byte may have any sizes beside 0: NumPy and JAX fail on more.
+MOST_AXES = 32
 # The beginnings of dtypes that are packed several to a byte, or that need scales from other tensors.
 QUANTISED_DTYPES = ("F8_", "F6_", "F4")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -422,8 +424,13 @@ def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str
             )
         if description["dtype"] not in dtypes:
             raise InputError(file, f"{name} has dtype {description['dtype']}; expected one of {', '.join(dtypes)}")
+        shape = tuple(description["shape"])
+        if len(shape) > MOST_AXES or max(shape, default=0) >= 2**31:
+            raise InputError(
+                file, f"{name} has shape {shown(shape)}; expected at most {MOST_AXES} axes, each shorter than 2^31"
+            )
         start, stop = (8 + length + offset for offset in description["data_offsets"])
-        entries[name] = Entry(mapped, dtypes[description["dtype"]], tuple(description["shape"]), start, stop)
+        entries[name] = Entry(mapped, dtypes[description["dtype"]], shape, start, stop)
     return entries
 
 

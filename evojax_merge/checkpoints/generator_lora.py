@@ -23,7 +23,8 @@ from evojax_merge.checkpoints.folder import ComputedTensor, Folder, Tensor, is_f
 from evojax_merge.checkpoints.generator_keys import diffusers_module, scheme_of
 from evojax_merge.checkpoints.pipelines import Pipeline, open_pipeline
 from evojax_merge.checkpoints.quiet import quiet_diffusers
-from evojax_merge.errors import InputError, library_errors
+from evojax_merge.errors import InputError, library_errors, shown
+from evojax_merge.models.config_keys import FINITE
 
 # The file of a LoRA in a folder, as diffusers saves it.
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -184,18 +185,19 @@ def open_with_lora(base: Path, lora: Path) -> Folder:
         of_tensor, weight = changes.setdefault(place.tensor, {}), checkpoint.entries[place.tensor]
         if place.part in of_tensor:
             raise InputError(lora, f"{module}: changes {place.tensor} twice, by the names of two tools")
-        rows, rank = weight.shape[0] // (1 if place.part is None else 3), down.shape[0] if down.shape else 0
+        outputs, rank = weight.shape[0] if weight.shape else 0, down.shape[0] if down.shape else 0
+        rows = outputs // (1 if place.part is None else 3)
         begin, columns = rows * (place.part or 0), math.prod(weight.shape[1:])
-        fits = len(down.shape) >= 2 and len(up.shape) >= 2 and math.prod(down.shape) == rank * columns
+        fits = rank and len(down.shape) >= 2 and len(up.shape) >= 2 and math.prod(down.shape) == rank * columns
         if not fits or up.shape[0] != rows or math.prod(up.shape) != rows * rank:
             raise InputError(
                 lora, f"{module}: has factors of shapes {list(down.shape)} and {list(up.shape)}, which do not fit the "
                 f"{rows} x {columns} entries of {place.tensor}; expected a LoRA of this kind of generator",
             )  # fmt: skip
-        alpha = float(parts["alpha"].load().reshape(-1)[0]) if "alpha" in parts else float(rank)
-        if not math.isfinite(alpha):
-            raise InputError(lora, f"{module}.alpha: {alpha}; expected a finite number")
-        of_tensor[place.part] = (begin, begin + rows, alpha / rank), (down, up)
+        alphas = parts["alpha"].load().reshape(-1).tolist() if "alpha" in parts else [float(rank)]
+        if len(alphas) != 1 or not FINITE.accepts(alphas[0]):
+            raise InputError(lora, f"{module}.alpha: {shown(alphas)}; expected a finite number")
+        of_tensor[place.part] = (begin, begin + rows, alphas[0] / rank), (down, up)
     entries = dict(checkpoint.entries)
     for name, of_tensor in changes.items():
         rows_and_scales, factors = zip(*of_tensor.values(), strict=True)

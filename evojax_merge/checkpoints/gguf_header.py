@@ -225,4 +225,4 @@ class _Reader:
 
 def _name(name: str) -> str:
     """A key's or a tensor's name for a message, shortened where it is long."""
-    return name if len(name) <= 100 else shown(name)
+    return name if 1 <= len(name) <= 100 else shown(name)

@@ -48,7 +48,7 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, Any]:
     if in_bytes:
         # SentencePiece merges the pair first that makes the token of the highest score.
         ranks = {token: -float(i) for i, token in enumerate(dict.fromkeys(a + b for a, b in pairs))}
-        spaced = backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
+        spaced = "".join(backend.encode("a", add_special_tokens=False).tokens).startswith("▁")
         metadata |= {
             "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default",
             "tokenizer.ggml.scores": [ranks.get(token, -float(len(ranks)) if i in of_row else 0.0)
@@ -61,13 +61,14 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, Any]:
         metadata |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}
     ids = {key: getattr(tokenizer, f"{name}_token_id") for name, key in SPECIAL_TOKENS.items()}
     metadata |= {f"tokenizer.ggml.{key}_token_id": number for key, number in ids.items() if number is not None}
+    # Some tokenizers have no token for any letter.
     around = tokenizer("a")["input_ids"]
-    metadata["tokenizer.ggml.add_bos_token"] = ids["bos"] is not None and around[0] == ids["bos"]
-    metadata["tokenizer.ggml.add_eos_token"] = ids["eos"] is not None and around[-1] == ids["eos"]
+    metadata["tokenizer.ggml.add_bos_token"] = around[:1] == [ids["bos"]]
+    metadata["tokenizer.ggml.add_eos_token"] = around[-1:] == [ids["eos"]]
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    return metadata | ({"tokenizer.chat_template": template} if template else {})
+    return metadata | ({"tokenizer.chat_template": template} if template and isinstance(template, str) else {})
 
 
 def _split_name(folder: Path, backend: Any, whole_words: bool) -> str:

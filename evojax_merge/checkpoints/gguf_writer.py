@@ -31,12 +31,13 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import Architecture, architecture_of, tensor_grid, tensor_shape, tensors_of
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.gguf import EMBEDDING, HEAD, Gguf, Settings
+from evojax_merge.schema.section import FLOAT32_MAX
 from evojax_merge.version import __version__
 
 # Values that are quantised together.
 PIECE = 2**20
 # The key that tells files of this program from anybody else's; it is among the first.
-OWN_KEY = "evojax_merge.version"
+OWN_KEY, OWN_TYPE = "evojax_merge.version", "evojax_merge.file_type"
 # Keys of a base that say what the base is, not how it is read.
 OF_ITS_OWN = (
     "general.name", "general.basename", "general.finetune", "general.version", "general.description", "general.uuid",
@@ -238,28 +239,34 @@ def write_gguf(
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    """Add a key of the metadata in the type that llama.cpp reads such values in."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, list | tuple):
-        writer.add_array(key, list(value))
-    elif value < 0:
-        writer.add_int32(key, value)
+    """Add a key of the metadata, but for empty texts and lists, in the type that llama.cpp reads such values in, or,
+    for numbers that a stranger's file has, in one that holds them."""
+    types = import_gguf(key).GGUFValueType
+    is_list = isinstance(value, list | tuple)
+    values = value if is_list else [value]
+    first = values[0] if values else ""
+    if isinstance(first, bool | str):
+        kind = types.BOOL if isinstance(first, bool) else types.STRING
+    elif isinstance(first, float):
+        kind = types.FLOAT64 if any(FLOAT32_MAX < abs(x) < math.inf for x in values) else types.FLOAT32
+    elif min(values) >= 0 and (not is_list or max(values) >= 2**31):
+        kind = types.UINT32 if max(values) < 2**32 else types.UINT64
     else:
-        (writer.add_uint32 if value < 2**32 else writer.add_uint64)(key, value)
+        kind = types.INT32 if min(values) >= -(2**31) and max(values) < 2**31 else types.INT64
+    if value not in ("", [], ()):
+        writer.add_key_value(key, value, *((types.ARRAY, kind) if is_list else (kind,)))
 
 
 def carried_metadata(base: Mapping[str, Any], with_tokens: bool) -> dict[str, Any]:
-    """The metadata of a GGUF file that stay true of a merge with it as the first model. with_tokens: the merge has its
-    tokens."""
+    """The metadata of a GGUF file that stay true of a merge with it as the first model, without lists of lists, which
+    no key of llama.cpp has. with_tokens: the merge has its tokens."""
     dropped = OF_ITS_OWN if with_tokens else (*OF_ITS_OWN, "tokenizer.")
-    return {key: value for key, value in base.items() if not key.startswith(dropped)}
+    kept = {key: value for key, value in base.items() if not key.startswith(dropped)}
+    return {key: value for key, value in kept.items() if not (isinstance(value, list) and list in map(type, value))}
 
 
 def is_our_gguf(content: bytes) -> bool:
-    """Return whether this program wrote the GGUF file that begins with this content."""
-    return content.startswith(MAGIC) and OWN_KEY.encode() in content[:4096]
+    """Return whether this program wrote the GGUF file that begins with this content. A program that quantises a file
+    keeps its keys, but for the type."""
+    types = [content.partition(key.encode())[2][4:8] for key in ("general.file_type", OWN_TYPE)]
+    return content.startswith(MAGIC) and OWN_KEY.encode() in content[:4096] and types[0] == types[1]

@@ -18,6 +18,7 @@ import numpy as np
 from evojax_merge.checkpoints.bitsandbytes import STATE
 from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_of
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
+from evojax_merge.checkpoints.derived import sources_of
 from evojax_merge.checkpoints.folder import INDEX_FILE, PIPELINE_INDEX, SINGLE_FILE, SMALL_FILES, VARIANTS, weight_map
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.parents import tensor_shapes
@@ -31,6 +32,8 @@ from evojax_merge.system.regular_file import file_inside
 # Names of dtypes in safetensors, and bytes.
 STORED_DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz"})
+# No file has more bytes of tensors: file systems refuse files of some more.
+MOST_BYTES = 2**42
 EMPTY: Mapping[str, bytes] = MappingProxyType({})
 
 
@@ -89,7 +92,8 @@ class HeaderFolders:
         """The model, or where it is a folder with a config.json and no weights, one of headers with the shapes that the
         config means. Raises InputError as `read_decoder_config` does."""
         config = model / "config.json"
-        if not config.is_file() or any(file.suffix in WEIGHT_SUFFIXES for file in model.iterdir()):
+        has_weights = sources_of(model).kind or any(file.suffix in WEIGHT_SUFFIXES for file in model.iterdir())
+        if not config.is_file() or has_weights:
             return model
         if str(model) not in self.known:
             settings = decoder_settings(read_json_object(config, missing={}))
@@ -184,8 +188,13 @@ def _tensor_headers(where: str, document: Mapping[str, Any]) -> dict[str, Tensor
         try:
             begin, end = map(int, entry["data_offsets"])
             headers[tensor] = TensorHeader(str(entry["dtype"]), tuple(map(int, entry["shape"])), end - begin)
+            if not all(0 <= number <= MOST_BYTES for number in (end - begin, *headers[tensor].shape)):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise InputError(where, f"{shown(tensor)}: expected a tensor's dtype, shape and data_offsets") from None
+    total = sum(header.nbytes for header in headers.values())
+    if total > MOST_BYTES:
+        raise InputError(where, f"describes {total:,} bytes of tensors; expected at most {MOST_BYTES:,}")
     return headers
 
 
@@ -216,7 +225,7 @@ def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[st
         contents[name] = _state(tail_shapes, weight, tensors).ljust(tensors[name].nbytes)[: tensors[name].nbytes]
     for name, module in shapes.items():
         packed = tensors.get(f"{module}.weight_packed")
-        if packed is None or len(packed.shape) != 2:
+        if packed is None or len(packed.shape) != 2 or tensors[name].nbytes not in (8, 16):
             continue
         rows, words = packed.shape
         bits = group_of(quantised, groups, module).bits
@@ -225,7 +234,7 @@ def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[st
         most, per_word = rows * words * 32 // bits, 32 // bits
         shape = _shape_of(tail_shapes, f"{module}.weight", most - rows * (per_word - 1), most)
         shape = shape if shape[0] == rows else (rows, words * per_word)
-        contents[name] = np.array(shape, f"<i{tensors[name].nbytes // 2}").tobytes()
+        contents[name] = np.array(shape, np.int64).astype(f"<i{tensors[name].nbytes // 2}").tobytes()
     return contents
 
 

@@ -184,9 +184,16 @@ class Sources:
 
     @cached_property
     def _donor(self) -> "Sources":
-        """The model that gives a transplant its tokens."""
+        """The model that gives a transplant its tokens. Raises InputError where its embedding is no matrix."""
         assert self.vocabulary is not None and self.vocabulary.transplant is not None
-        return Sources((decoder_of(open_model(self.vocabulary.transplant.donor)),))
+        donor = Sources((decoder_of(open_model(self.vocabulary.transplant.donor)),))
+        for name in filter(None, (donor.token_tensors.embedding, donor.token_tensors.head)):
+            entry = donor.folders[0].entries.get(name)
+            shape = () if entry is None else entry.shape
+            if entry is None or len(shape) != 2 or 0 in shape or not is_float(entry.dtype):
+                what = "no such tensor" if entry is None else f"{entry.dtype}{list(shape)}"
+                raise InputError(donor.folders[0].path, f"{name}: found {what}; expected a float matrix, a row a token")
+        return donor
 
     def load_finite(self, source: int, tensor: str) -> np.ndarray:
         """Like `load`. Raises InputError where the tensor holds NaN or infinity, which would spoil every score."""

@@ -16,6 +16,7 @@ import numpy as np
 from evojax_merge.checkpoints.folder import DTYPES, FLOAT_DTYPES, ComputedTensor, Formula, Tensor, open_folder
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
+from evojax_merge.models.config_keys import SIZE
 
 # The keys of config.json that describe a checkpoint's quantisation; the second is compressed-tensors' first name for
 # it.
@@ -132,14 +133,14 @@ class QuantisedFolder:
         """A `group_size`: the number of inputs that share a scale; None: all."""
         if value in (-1, None) and not isinstance(value, bool):
             return None
-        if type(value) is not int or value < 1:
+        if not SIZE.accepts(value):
             where = self.path / "config.json"
             raise InputError(where, f"{KEYS[0]}.group_size: {shown(value)}; expected a number of inputs")
         return value
 
     def block_size(self, key: str, value: Any, or_null: str = "") -> tuple[int, int]:
         """The rows and columns of a block that shares a scale."""
-        if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
+        if not isinstance(value, list) or len(value) != 2 or not all(map(SIZE.accepts, value)):
             where = self.path / "config.json"
             raise InputError(where, f"{KEYS[0]}.{key}: {shown(value)}; expected [rows, columns]{or_null}")
         return value[0], value[1]

@@ -28,6 +28,8 @@ TOKENIZER_FILES = (
 BESIDE_TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 # The largest tokenizers in use have some 40 MB.
 TOKENIZER_BYTES = 512 * 2**20
+# Tokenizers take memory for every number below their largest, whether or not a token has it.
+MOST_ROWS = 10_000_000
 
 
 # How a model is named: by its number among the merged models, or by its reference in a recipe.
@@ -107,7 +109,11 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # Some damaged tokenizers load all the same, and fail only in use.
         tokenizer("")
-        return tokenizer
+        largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= MOST_ROWS:
+        what = f"its tokenizer has a token of number {largest:,}; expected numbers below {MOST_ROWS:,}"
+        raise InputError(folder, what)
+    return tokenizer
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -200,8 +206,8 @@ def chat_template(folder: Path) -> str | None:
         return read_regular(file, "a chat template", TOKENIZER_BYTES).decode(errors="replace")
     named = read_json_object(folder / "tokenizer_config.json", missing={}).get("chat_template")
     if isinstance(named, list):
-        templates = {entry.get("name"): entry.get("template") for entry in named if isinstance(entry, dict)}
-        named = templates.get("default")
+        entries = [entry for entry in named if isinstance(entry, dict) and entry.get("name") == "default"]
+        named = entries[-1].get("template") if entries else None
     return named if isinstance(named, str) and named else None
 
 

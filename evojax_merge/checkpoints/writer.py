@@ -19,6 +19,7 @@ from evojax_merge.checkpoints.quantised import FP8
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.errors import InputError
 from evojax_merge.system.file_system import check_free
+from evojax_merge.system.regular_file import read_regular
 from evojax_merge.version import __version__
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -44,6 +45,8 @@ RUN_FILES = ("config.yaml", "history.jsonl")
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # This many evenly spaced blocks of a large file tell whether it is the file that was written.
 BLOCKS, BLOCK_BYTES = 64, 4096
+# A marker, or a card, has no more bytes.
+MOST_TEXT = 2**26
 # The names of dtypes in headers.
 NAMES = DTYPE_NAMES | {FP8: "F8_E4M3"}
 # The metadata by which libraries recognise a file of torch's tensors.
@@ -100,6 +103,8 @@ def check_output(target: Path, keep: Sequence[Path]) -> None:
 def check_new_model(target: Path, overwrite: bool, keep: Sequence[Path]) -> None:
     """Raises InputError where a model must not be written to `target`. The message suggests --overwrite for a folder
     that it would replace, and for no other. keep: see `check_output`."""
+    if target.suffix.lower() == ".gguf":
+        raise InputError(target, "is the name of a GGUF file, and a folder is written; choose a name of a folder")
     if os.path.isdir(target):
         check_output(target, keep)
     check_free(target, overwrite)
@@ -146,13 +151,13 @@ def own_names(folder: Path) -> Mapping[str, str | None]:
     """The names, in a model folder, of the files that this program wrote, with their fingerprints where it noted
     them."""
     try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        files = json.loads(read_regular(folder / MARKER, "a list of files", MOST_TEXT))["files"]
         return {name: str(files[name]) for name in files} | {MARKER: None}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, InputError, ValueError, KeyError, TypeError, RecursionError):
         pass
     try:
-        text = (folder / CARD).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        text = read_regular(folder / CARD, "a card", MOST_TEXT).decode()
+    except (OSError, InputError, ValueError):
         text = ""
     # Without a marker: by this program's tag in the front matter of the card.
     carded = text.startswith("---\n") and f"- {TAG}\n" in text.partition("\n---\n")[0] + "\n"

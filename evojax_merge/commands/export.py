@@ -42,7 +42,7 @@ from evojax_merge.problem import (
 )
 from evojax_merge.report.card import adapter_card, card_in_dtype, merge_card, polished_card
 from evojax_merge.report.comparison import POLISHED
-from evojax_merge.schema.yaml_reader import parse_documents
+from evojax_merge.schema.yaml_reader import parse_documents, read_text
 from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import check_inputs, check_masks, find_member, is_run, locked, run_at
@@ -189,13 +189,13 @@ def export(
         _write_polished(output)
     elif member is not None and merges_recipes:
         file = find_member(folder, member)
-        output.write(file, file.read_text(encoding="utf-8"))
+        output.write(file, read_text(file))
     elif not merges_recipes:
         output.write_genome(best_so_far and not finished)
     elif best_so_far and not (finished and folder.recipe.exists()):
         output.write_best_so_far()
     elif folder.recipe.exists():
-        output.write(folder.recipe, folder.recipe.read_text(encoding="utf-8"), _winners_card(folder))
+        output.write(folder.recipe, read_text(folder.recipe), _winners_card(folder))
     elif folder.params.exists():
         raise InputError(run, f"is a run of search_pytrees, whose winner is a pytree: best/{folder.params.name}")
     else:
@@ -206,7 +206,7 @@ def export(
 def _write_polished(output: _Output) -> None:
     """Write the winner with the adapter by which it is polished, in the dtypes of the winner's recipe."""
     folder, card = output.folder, _winners_card(output.folder)
-    recipe = parse_documents(folder.recipe, folder.recipe.read_text(encoding="utf-8"))[-1]
+    recipe = parse_documents(folder.recipe, read_text(folder.recipe))[-1]
     model = "+".join(map(os.path.abspath, (folder.model, folder.adapter)))
     document = {"merge_method": "passthrough", "models": [{"model": model}]}
     document |= {key: recipe[key] for key in ("dtype", "out_dtype") if key in recipe}

@@ -9,9 +9,15 @@ from evojax_merge.checkpoints.writer import check_new_model
 from evojax_merge.commands.evaluate import evaluate
 from evojax_merge.commands.merge import local_inputs, parts_of_runs, write_model
 from evojax_merge.errors import InputError, print_warning
-from evojax_merge.mergekit.as_adapter import AdapterOptions, RankError, prepare_adapter, write_as_adapter
+from evojax_merge.mergekit.as_adapter import (
+    AdapterOptions,
+    RankError,
+    modules_of,
+    prepare_adapter,
+    write_as_adapter,
+)
 from evojax_merge.mergekit.stages import prepare_stream
-from evojax_merge.mergekit.streams import parse_stream
+from evojax_merge.mergekit.streams import parse_stream, stream_warnings
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.report.card import adapter_card, left_out_table, merge_card
 from evojax_merge.report.notices import Log
@@ -55,7 +61,11 @@ def write_extracted(model: str, base: str, out: Path, options: AdapterOptions, o
     check_new_model(out, overwrite, [*local_inputs(stream), *parts_of_runs(out)])
     with prepare_stream(stream, out, find=resolve_reference) as stream_plan:
         folder = prepare_adapter(stream_plan, option="extract-lora")
-        for line in stream_plan.warnings:
+        for line in (
+            *stream_warnings(stream),
+            *stream_plan.warnings,
+            *options.unmatched(modules_of(stream_plan.result)),
+        ):
             warn(line)
         given = {"model": model, "base": base, **{name: value for name, value in vars(options).items() if value}}
         folders = stream_plan.paths

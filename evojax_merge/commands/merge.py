@@ -31,7 +31,7 @@ from evojax_merge.report.card import merge_card
 from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.report.notices import Log, log_unused_config_keys, print_warnings
 from evojax_merge.report.progress import merge_bar
-from evojax_merge.schema.yaml_reader import load_documents, refuse_repeated
+from evojax_merge.schema.yaml_reader import load_documents, read_text, refuse_repeated
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.system.console import console, say
 from evojax_merge.system.file_system import recover
@@ -83,7 +83,7 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         refuse_repeated if strict else lambda place, key_note: twice.append(f"{place}: {key_note}; the last counts")
     )
     if isinstance(recipe, Path):
-        path, given, text = recipe, load_documents(recipe, repeated), recipe.read_text(encoding="utf-8")
+        path, given, text = recipe, load_documents(recipe, repeated), read_text(recipe)
     else:
         path, given, text = Path("recipe"), recipe, dump_documents(recipe)
     documents, ignored = (given, []) if strict else without_unused_keys(path, given)

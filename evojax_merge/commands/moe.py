@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.checkpoints.derived import split_reference
+from evojax_merge.checkpoints.derived import ignored_revisions, split_reference
 from evojax_merge.checkpoints.references import local_path
 from evojax_merge.checkpoints.writer import check_new_model, check_output, require_space
 from evojax_merge.commands.merge import MergeOptions, parts_of_runs
@@ -16,7 +16,7 @@ from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.report.card import card_in_dtype, merge_card
 from evojax_merge.report.notices import Log
 from evojax_merge.report.progress import merge_bar
-from evojax_merge.schema.yaml_reader import load_yaml
+from evojax_merge.schema.yaml_reader import load_yaml, read_text
 from evojax_merge.system.console import console
 from evojax_merge.system.file_system import recover
 from evojax_merge.system.without_torch import leave_torch_out
@@ -41,7 +41,7 @@ def write_mixture(
     replaced."""
     recover(out)
     if isinstance(recipe, Path):
-        path, document, text = recipe, load_yaml(recipe), recipe.read_text(encoding="utf-8")
+        path, document, text = recipe, load_yaml(recipe), read_text(recipe)
     else:
         path, document, text = Path("recipe"), recipe, dump_yaml(recipe)
     parsed, ignored = parse_mixture(path, document)
@@ -51,7 +51,7 @@ def write_mixture(
     keep = [*keep, *local, *([path] if isinstance(recipe, Path) else []), *parts_of_runs(out)]
     check_new_model(out, options.overwrite, keep)
     plan = plan_mixture(path, parsed, text, resolve_reference, path.parent, options, allow_same)
-    for line in (*ignored, *plan.warnings):
+    for line in (*ignored, *ignored_revisions(references, path.parent), *plan.warnings):
         warn(line)
     check = partial(check_output, out, [*keep, *plan.inputs])
     check()

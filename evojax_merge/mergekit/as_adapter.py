@@ -6,8 +6,9 @@ biases, which are no matrices, go into the adapter as they are. Of a matrix much
 vectors come from a block Krylov space (Musco & Musco 2015, arXiv:1504.05477).
 """
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from evojax_merge.checkpoints.decoder_folder import LM_HEAD
 from evojax_merge.checkpoints.derived import reference_to
 from evojax_merge.checkpoints.folder import is_float
 from evojax_merge.checkpoints.writer import CARD, write_marker
-from evojax_merge.errors import InputError, escaped_lines, shown
+from evojax_merge.errors import InputError, did_you_mean, escaped_lines, shown
 from evojax_merge.mergekit.execute import MergePlan, Progress, merged_tensors
 from evojax_merge.mergekit.stages import StreamPlan
 from evojax_merge.models.architecture import EMBEDDING, ROUTER, Leaf, find_architecture, model_types
@@ -64,6 +65,18 @@ class AdapterOptions:
         """Return whether the regular expressions select a module."""
         included = not self.include_regex or self._any("--include-regex", self.include_regex, module)
         return included and not self._any("--exclude-regex", self.exclude_regex, module)
+
+    def unmatched(self, modules: Collection[str]) -> list[str]:
+        """A line about each name and expression that means none of the modules."""
+        ends = {module.rpartition(".")[2] for module in modules}
+        lines = [
+            f"--save-module {name}: there is no such module{did_you_mean(name, ends)}"
+            for name in self.save_module if name not in ends and name not in modules
+        ]  # fmt: skip
+        for option, patterns in (("--exclude-regex", self.exclude_regex), ("--include-regex", self.include_regex)):
+            none = [text for text in patterns if not any(self._any(option, (text,), module) for module in modules)]
+            lines += [f"{option} {shown(text)}: matches no module, such as {min(modules)}" for text in none]
+        return lines
 
     def _any(self, option: str, patterns: tuple[str, ...], module: str) -> bool:
         return any(pattern_matches(option, pattern, module, "search") for pattern in patterns)
@@ -208,6 +221,11 @@ def _decoder_tensors(merge_plan: MergePlan) -> dict[str, str]:
     return {name: leader.names.of_architecture(name) for name in merge_plan.specs if name not in merge_plan.copied}
 
 
+def modules_of(merge_plan: MergePlan) -> set[str]:
+    """The modules, by their names in memory, of which tensors are merged."""
+    return {merge_plan.base.in_memory(tensor).rpartition(".")[0] for tensor in _decoder_tensors(merge_plan).values()}
+
+
 def write_as_adapter(
     merge_plan: MergePlan,
     target: Path,
@@ -239,7 +257,8 @@ def write_as_adapter(
             progress(merge_plan.nbytes - sum(merge_plan.specs[name].nbytes for name in tensors))
             error = _write_differences(merge_plan, tensors, writer, options, progress)
         if not error.ranks:
-            raise InputError(target, f"no matrix differs from {base.path}; an adapter would be empty")
+            what = f"no matrix differs from {base.path}, but for those that options leave out"
+            raise InputError(target, f"{what}; an adapter would be empty")
         (folder / CARD).write_text(escaped_lines(describe(card, error)), encoding="utf-8")
         write_marker(folder)
     return error
@@ -267,6 +286,9 @@ def _write_differences(
         change = after - before if differs else np.zeros(0, np.float32)
         change = change.T if leaf is not None and leaf.transposed else change
         size = float(np.linalg.norm(change))
+        if not math.isfinite(size):
+            what = f"{tensors[name]} differs from the base's by more than float32 holds; expected a fine-tune of it"
+            raise InputError(merge_plan.leader.path, what)
         norms += np.square([size, float(np.linalg.norm(before))]) if values.ndim > 1 else 0
         if not of_experts and options.is_whole(module, leaf):
             is_kept = False

@@ -13,6 +13,7 @@ from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.gguf_file import SUFFIX, import_gguf, read_gguf
 from evojax_merge.checkpoints.gguf_tokens import tokenizer_metadata
 from evojax_merge.checkpoints.gguf_writer import (
+    OWN_TYPE,
     GgufOutput,
     carried_metadata,
     check_type,
@@ -91,14 +92,14 @@ def plan_gguf(merge_plan: MergePlan, target: Path, type_name: str | None) -> Ggu
                 advice = f"{without_tokens(recipe.path, target, type_name)} writes the file without tokens"
                 # The hidden folder holds the tokenizer of this model, or one that was made of it and others.
                 raise InputError(merge_plan.tokenizer, f"{error.what}: {advice}") from None
-    file_types = import_gguf(target).LlamaFileType
+    types, type_key = import_gguf(target).LlamaFileType, "ALL_F32" if kind.name == "F32" else f"MOSTLY_{kind.name}"
     general = {
         "general.architecture": next(iter(metadata)).partition(".")[0], "general.type": "model",
         "general.name": _model_name(target.stem, carried.get("tokenizer.ggml.tokens", ())),
         "general.quantized_by": f"evojax-merge {__version__}",
         "general.description": f"a merge by {recipe.method.name}, made with evojax-merge; see evojax_merge.card",
         "general.quantization_version": 2,
-        "general.file_type": int(file_types["ALL_F32" if kind.name == "F32" else f"MOSTLY_{kind.name}"]),
+        **dict.fromkeys(("general.file_type", OWN_TYPE), int(types[type_key])),
     }  # fmt: skip
     return GgufPlan(carried | general | metadata, (*outputs, *tensors), (*notes, *warnings))
 

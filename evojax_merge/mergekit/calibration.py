@@ -6,6 +6,7 @@ from pathlib import Path
 
 from merge_kernels import Method
 
+from evojax_merge.checkpoints.config_file import trained_positions
 from evojax_merge.checkpoints.moments import Moments, Rows
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
@@ -65,7 +66,8 @@ def _tokens(key: str, sources: Sources, source: int, texts: Sequence[str], warn:
     """The tokens of prompts by a source's own tokenizer, cut at its context."""
     folder = sources.folders[source]
     config = folder.decoder_config()
-    tokenizer, context = load_tokenizer(folder.path), int(folder.config.get("max_position_embeddings") or 2**30)
+    tokenizer, context = load_tokenizer(folder.path), trained_positions(folder.config)
+    context = context if config.positions is None else min(context, config.positions)
     rows = [encode_prompt(tokenizer, text) for text in texts]
     if not any(len(row) > 1 for row in rows):
         raise InputError(key, f"no prompt has two tokens or more of {folder.path}; expected texts")

@@ -109,6 +109,13 @@ class MergePlan:
         return sum(spec.nbytes for spec in self.specs.values())
 
     @property
+    def generation_config(self) -> Path:
+        """The settings of generation, which name tokens by their ids; copied where there are any."""
+        vocabulary = self.sources.vocabulary
+        donor = vocabulary.copied if vocabulary is not None and vocabulary.transplant is not None else None
+        return (donor or self.leader.path) / "generation_config.json"
+
+    @property
     def base(self) -> DecoderFolder:
         """The base of a merge that has one."""
         assert self.recipe.base is not None
@@ -201,7 +208,6 @@ def prepare(recipe: RecipeFile, settings: MergeSettings = DEFAULTS, find: Find =
         warnings.append,
     )  # fmt: skip
     sources = replace(sources, warnings=tuple(warnings))
-    read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     vocabulary = sources.vocabulary
     copied = None if vocabulary is None else vocabulary.copied
     if leader.other_modules and vocabulary is not None and copied != leader.path:
@@ -213,11 +219,13 @@ def prepare(recipe: RecipeFile, settings: MergeSettings = DEFAULTS, find: Find =
         tokenizer, template = copied or leader.path, _chat_template(recipe, paths)
         if template is not None:
             load_tokenizer(tokenizer)  # it is written anew, with the template
-    return MergePlan(
+    merge_plan = MergePlan(
         recipe, sources, tuple(tensor_plans), specs, copied_tensors, leader, tokenizer, template, config,
         settings.allow_nonfinite,
         unmatched_filters(recipe, planned),
     )  # fmt: skip
+    read_json_object(merge_plan.generation_config, missing={})  # it is copied, but only if it can be read
+    return merge_plan
 
 
 def _merged_config(
@@ -484,9 +492,7 @@ def write_small_files(merge_plan: MergePlan, folder: Path) -> None:
         config = with_dtype(merge_plan.leader.whole_config(with_dtype(merge_plan.config)))
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     vocabulary = merge_plan.sources.vocabulary
-    # Settings of generation name tokens by their ids.
-    settings = vocabulary.copied if vocabulary is not None and vocabulary.transplant is not None else None
-    copied = [((settings or merge_plan.leader.path) / "generation_config.json", "a JSON file")]
+    copied = [(merge_plan.generation_config, "a JSON file")]
     copied += [(merge_plan.leader.path / name, "a processor's settings") for name in PROCESSOR_FILES]
     source, template = merge_plan.tokenizer, merge_plan.chat_template
     united = None if vocabulary is None or vocabulary.copied is not None else vocabulary.tokenizer

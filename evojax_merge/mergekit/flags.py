@@ -58,7 +58,8 @@ class ShardSize(click.ParamType):
         number = value.rstrip("BbGgKkMm")
         unit = value[len(number) :].lower()
         unit = {"kb": "k", "mb": "m", "gb": "b", "g": "b"}.get(unit, unit)
-        if not number.isascii() or not number.isdigit() or int(number) < 1 or unit not in SIZES:
+        is_number = number.isascii() and number.isdigit() and len(number) < 20
+        if not is_number or int(number) < 1 or unit not in SIZES:
             self.fail(f"{value!r}; expected a number of bytes such as 500M or 5B", param, ctx)
         return int(number) * SIZES[unit]
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evojax_merge.checkpoints.config_file import trained_positions
 from evojax_merge.checkpoints.folder import Tensor
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import stack_leaves
@@ -80,6 +81,11 @@ def prompt_gates(base: DenseModel, tokenizer: Any, experts: Sequence[Prompts], m
     for text, row in zip(texts, rows, strict=True):
         if not row:
             raise InputError(base.where, f"the prompt {shown(text)} has no token; expected a text")
+        if len(row) > trained_positions(base.settings):
+            raise InputError(
+                base.where, f"the prompt {shown(text)} has {len(row):,} tokens; expected no more than the model's "
+                f"context, {trained_positions(base.settings):,}",
+            )  # fmt: skip
         if max(row) >= base.config.vocab:
             raise InputError(
                 base.where, f"the prompt {shown(text)} has token {max(row)}, and the embedding {base.config.vocab} "

@@ -20,6 +20,7 @@ from evojax_merge.checkpoints.config_file import config_values, read_decoder_con
 from evojax_merge.checkpoints.decoder_folder import LM_HEAD, TensorSlice, decoder_of
 from evojax_merge.checkpoints.derived import Find, open_model, parts_of
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, ComputedTensor, Tensor, is_finite, is_float
+from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES, load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.config.documents import parse
@@ -265,21 +266,26 @@ class MixturePlan:
     def tensor(self, name: str) -> np.ndarray:
         """A tensor as it is written. Raises InputError for one that holds NaN or infinity."""
         row = self.rows[name]
+        values = self._values(name, row).astype(row.spec.dtype, copy=False)
+        if not self.allow_nonfinite and not is_finite(values):
+            where = self.base.path if row.entry is None else row.entry.file
+            what = f"{name} would hold NaN or Inf of it in {row.spec.dtype} (noise_scale, residual_scale, or beyond its"
+            raise InputError(where, f"{what} range?); pass --allow-nonfinite to go on")
+        return values
+
+    def _values(self, name: str, row: MixtureTensor) -> np.ndarray:
         if row.entry is None:
             if row.gates_of is None:
                 return np.zeros(row.spec.shape, row.spec.dtype)
-            rows = self.gates[row.gates_of, -1:] if row.is_shared else self._routers[row.gates_of]
-            return rows.astype(row.spec.dtype)
+            return self.gates[row.gates_of, -1:] if row.is_shared else self._routers[row.gates_of]
         values = row.entry.load()
-        if not self.allow_nonfinite and not is_finite(values):
-            raise InputError(row.entry.file, f"{name} would hold NaN or Inf of it; pass --allow-nonfinite to go on")
         noise, scale = (None, None) if row.expert is None else (row.expert.noise_scale, row.expert.residual_scale)
         if noise is not None:
             rng = np.random.default_rng([self.recipe.random_seed, zlib.crc32(name.encode())])
             values = values.astype(np.float32) + np.float32(noise) * rng.standard_normal(values.shape, np.float32)
         if scale is not None and row.is_residual:
             values = values.astype(np.float32) * np.float32(scale)
-        return values.astype(row.spec.dtype, copy=False)
+        return values
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -402,6 +408,7 @@ def plan_mixture(
     if recipe.layers is not None and len(recipe.layers) != base.config.layers:
         raise InputError(path, f"layers: {len(recipe.layers)}, and the models have {base.config.layers}")
     rows = _tensors(recipe, output, base, opened, decoder, FLOAT_DTYPES.get(config.get("dtype", "")))
+    read_json_object(base.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     return MixturePlan(recipe, text, base, rows, config, decoder, models, settings.allow_nonfinite, tuple(notes))
 
 

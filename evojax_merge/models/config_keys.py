@@ -73,6 +73,10 @@ TEXT = Expected(lambda value: isinstance(value, str), "a text")
 TEXTS = Expected(
     lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of texts"
 )
+# Not beyond float32, nor an integer of hundreds of digits, of which Python makes no float.
+FINITE = Expected(lambda value: is_number(value) and abs(value) <= 1e30, "a finite number")
 EPSILON = Expected(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to 1")
 DEPTH = whole(1, MOST_LAYERS)
 CONTEXT = whole(1, NO_WINDOW)
+# The tokens that a convolution sums over: a program has a step for each, and keeps all but one.
+KERNEL = whole(2, 256)

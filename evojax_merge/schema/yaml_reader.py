@@ -35,15 +35,16 @@ def take_last(place: str, said: str) -> None:
 def load_yaml(path: Path) -> Any:
     """Parse a YAML file of one document. Raises InputError, with the line, for content that `parse_yaml` refuses, and
     for anything but a file of UTF-8 text."""
-    return parse_yaml(path, _read_text(path))
+    return parse_yaml(path, read_text(path))
 
 
 def load_documents(path: Path, repeated: Repeated = refuse_repeated, loader: Any = LOADER) -> list[Any]:
     """Parse all documents of a YAML file as `parse_documents` does, and raise InputError as `load_yaml` does."""
-    return parse_documents(path, _read_text(path), repeated, loader)
+    return parse_documents(path, read_text(path), repeated, loader)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a YAML file. Raises InputError for anything but a file of UTF-8 text of at most MAX_BYTES."""
     try:
         return read_regular(path, "a YAML file", MAX_BYTES).decode("utf-8")
     except FileNotFoundError:

@@ -1,7 +1,8 @@
 """Scores of base and parents that outlive a run: a later search with the same models and tasks reads them.
 
 A score is kept by content: of the models' files and of the task's, of the settings that scores depend on, of this
-program and of the libraries below it. Tasks that ask people, other programs or a user's functions are scored anew.
+program and of the libraries below it. A file's first line is the SHA-256 of the others; one that is damaged is not
+read. Tasks that ask people, other programs or a user's functions are scored anew.
 """
 
 import json
@@ -23,7 +24,7 @@ from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import processor_name
 from evojax_merge.system.data_packages import cache_folder
-from evojax_merge.system.file_system import atomic_write, code_digest, remove_file
+from evojax_merge.system.file_system import atomic_write_bytes, code_digest, remove_file
 from evojax_merge.system.regular_file import read_regular
 
 # Kinds of tasks whose scores follow from a model and a file: no code runs but this program's.
@@ -59,7 +60,10 @@ class KeptScores:
         if file is None:
             return None
         try:
-            kept = _Kept.model_validate_json(read_regular(file, "kept scores", MAX_BYTES))
+            digest, _, content = read_regular(file, "kept scores", MAX_BYTES).partition(b"\n")
+            if digest != sha256(content).hexdigest().encode():
+                return None
+            kept = _Kept.model_validate_json(content)
         except (OSError, ValidationError, InputError):
             return None
         lengths = {(task, len(values)) for task, metrics in kept.matrices.items() for values in metrics.values()}
@@ -97,7 +101,8 @@ class KeptScores:
         )
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, kept.model_dump_json())
+            content = kept.model_dump_json().encode()
+            atomic_write_bytes(file, sha256(content).hexdigest().encode() + b"\n" + content)
             by_age = sorted(file.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)
             for old in by_age[:-MAX_FILES]:
                 remove_file(old)

@@ -17,6 +17,8 @@ LFS_MARK = b"version https://git-lfs.github.com/spec/v1"
 # of zeros compress a thousandfold, and random numbers not at all.
 MAX_UNPACKED, MAX_RATIO = 4 * 2**30, 20
 
+# The bytes of a tokenizer's file, or of settings, that are copied: the largest have some 40 MB.
+MAX_COPIED = 2**30
 # The maximum of a file name's bytes in file systems.
 MAX_NAME_BYTES = 255
 
@@ -102,8 +104,10 @@ def lines_of(path: Path, expected: str, max_bytes: int, *, or_pipe: bool = False
 
 
 def copy_regular(source: Path, target: Path, expected: str) -> None:
-    """Copy a regular file. Raises as `check_regular` does."""
-    check_regular(source, expected)
+    """Copy a regular file. Raises InputError for one of more than `MAX_COPIED` bytes, and as `check_regular` does."""
+    size = check_regular(source, expected)
+    if size > MAX_COPIED:
+        raise InputError(source, f"has {size:,} bytes; expected {expected} of at most {MAX_COPIED:,}")
     shutil.copyfile(source, target)
 
 

@@ -93,6 +93,12 @@ def state(**changes: Any) -> Change:
     return part(STATE.removeprefix(f"{MODULE}."), make)
 
 
+def of_one_block(size: int) -> Change:
+    """A matrix of four bits with one scale, for a block of this size."""
+    return together(state(blocksize=size), part("weight.absmax", lambda scales: scales[:1]))
+
+
+HUGE = 10**400
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {
     "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 16}},
 }}  # fmt: skip
@@ -129,6 +135,9 @@ PARTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "GPTQ: weights besides": (
         packed(GPTQ, added("weight", np.ones((80, 48), np.float32))), (f"{MODULE}.weight", "qweight"),
     ),
+    "GPTQ: a group of 30 digits": (packed(GPTQ, settings(group_size=10**30)), ("group_size: 1000",)),
+    "AWQ: a group of 30 digits": (packed(AWQ, settings(group_size=10**30)), ("group_size: 1000",)),
+    "float8: blocks of 30 digits": (packed(FP8, settings(weight_block_size=[10**30] * 2)), ("weight_block_size: [",)),
     "GPTQ: bits as a fraction": (packed(GPTQ, settings(bits=4.5)), ("bits: 4.5", "2, 4, 8")),
     "AWQ: zeros of floats": retyped(AWQ, "qzeros", "float32"),
     "AWQ: scales of integers": retyped(AWQ, "scales", "int16"),
@@ -145,6 +154,10 @@ PARTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         packed(NF4, state(shape=[40, 96])), (f"{MODULE}.weight", "[40, 96]", "[80, 48]"),
     ),
     "four bits: a shape of nothing": (packed(NF4, state(shape=[0, 48])), (STATE, "shape")),
+    "four bits: an offset of 400 digits": (packed(NESTED, state(nested_offset=HUGE)), (STATE, "nested_offset")),
+    "four bits: no size of blocks": (packed(NF4, state(blocksize=None)), (STATE, "blocksize")),
+    "four bits: a shape of thousands of digits": (packed(NF4, state(shape=[10**3000] * 2)), (STATE, "shape")),
+    "four bits: blocks of all the memory": (packed(NF4, of_one_block(2**60)), (STATE, "blocksize")),
     "four bits: an offset that is none": (packed(NESTED, state(nested_offset="x")), (STATE, "nested_offset")),
     "four bits: a state of floats": (
         packed(NF4, part(STATE.removeprefix(f"{MODULE}."), lambda one: np.ones(4, np.float32))), (STATE, "uint8"),
@@ -370,6 +383,8 @@ CASES: list[Case] = [
     )
     for name, (change, says) in cases.items()
 ] + [
+    Case("quantised: four bits, one block that is larger than the matrix", packed(NF4, of_one_block(2**31 - 1)), (),
+         MERGE, 0, ("out",)),
     # The same where the model is run: what opens folders is one.
     Case("quantised: GPTQ, zeros of floats, searched", *PARTS["GPTQ: zeros of floats"]),
     Case("format: GPTQ, called MXFP4, searched", *OTHER_FORMATS["GPTQ, called MXFP4"]),

@@ -17,7 +17,7 @@ from evojax_merge.backends.decoder.kinds.mixture import build_space as build_mix
 from evojax_merge.backends.decoder.placements import bank_place
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.bank import bank_bytes
-from evojax_merge.checkpoints.config_file import decoder_settings
+from evojax_merge.checkpoints.config_file import decoder_settings, trained_positions
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR, DecoderFolder, decoder_of, decoder_with_projector
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import read_json_object
@@ -241,7 +241,7 @@ def parameter_space(path: Path, config: Config) -> tuple[ParameterSpace | Mixtur
 def context_length(folders: Sequence[Folder], positions: int | None = None) -> int:
     """The most tokens that all of these models take: no model is asked for positions that it was not trained on.
     positions: the number of embedded positions; None: positions are not embedded."""
-    trained = min(int(folder.config.get("max_position_embeddings") or 2**30) for folder in folders)
+    trained = min(trained_positions(folder.config) for folder in folders)
     return trained if positions is None else min(trained, positions)
 
 

@@ -10,7 +10,7 @@ import jax
 from evojax_merge.models import mamba2
 from evojax_merge.models.architecture import ATTENTION, LAYERS, RECURRENCE, LayerType, SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
-from evojax_merge.models.config_keys import SIZE, SWITCH, Expected, above, is_number, or_null
+from evojax_merge.models.config_keys import FINITE, SIZE, SWITCH, Expected, above, or_null
 from evojax_merge.models.families import llama_like
 from evojax_merge.models.families.granite_hybrid import MAMBA_KEYS, read_mamba
 from evojax_merge.models.families.llama_like import BIASES, project_qkv
@@ -110,7 +110,7 @@ def block(
 def _numbers(count: int) -> Expected:
     return or_null(
         Expected(
-            lambda value: isinstance(value, list) and len(value) == count and all(map(is_number, value)),
+            lambda value: isinstance(value, list) and len(value) == count and all(map(FINITE.accepts, value)),
             f"{count} numbers",
         )
     )

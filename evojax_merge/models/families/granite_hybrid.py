@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from evojax_merge.models import mamba2
 from evojax_merge.models.architecture import LAYERS, RECURRENCE, ROUTER, LayerType, Leaf
 from evojax_merge.models.config_keys import (
+    FINITE,
     INFINITY,
+    KERNEL,
     SIZE,
     SWITCH,
     TEXTS,
     Expected,
     above,
-    is_number,
     one_of,
     or_null,
     whole,
@@ -148,7 +149,12 @@ def mamba_block(
 
 LIMITS = or_null(
     Expected(
-        lambda value: isinstance(value, list) and len(value) == 2 and all(is_number(x) or x == INFINITY for x in value),
+        lambda value: (
+            isinstance(value, list)
+            and len(value) == 2
+            and FINITE.accepts(value[0])
+            and (FINITE.accepts(value[1]) or value[1] in (math.inf, INFINITY))
+        ),
         "two numbers: the least and the largest step",
     )
 )
@@ -156,7 +162,7 @@ MAMBA_KEYS: dict[str, Expected] = {
     # The length of the chunks that its kernels compute at once, which changes no value.
     "mamba_chunk_size": SIZE,
     "mamba_conv_bias": SWITCH,
-    "mamba_d_conv": SIZE,
+    "mamba_d_conv": KERNEL,
     "mamba_d_head": Expected(lambda value: value == "auto" or SIZE.accepts(value), f"auto or {SIZE.words}"),
     "mamba_d_state": SIZE,
     "mamba_expand": SIZE,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from evojax_merge.models.architecture import LAYERS, RECURRENCE, LayerType, Leaf
 from evojax_merge.models.config import LlamaLikeConfig, RecurrentShape
-from evojax_merge.models.config_keys import EPSILON, SIZE, SWITCH, TEXTS, Expected, above, or_null
+from evojax_merge.models.config_keys import EPSILON, KERNEL, SIZE, SWITCH, TEXTS, Expected, above, or_null
 from evojax_merge.models.families import llama_like
 from evojax_merge.models.families.llama_like import read_types
 from evojax_merge.models.layers import CosSin, Weights, dense, dense_whole, rms_norm
@@ -94,7 +94,7 @@ KEYS: dict[str, Expected] = {
     "block_ff_dim": SIZE,
     "block_ffn_dim_multiplier": or_null(above(0)),
     "block_multiple_of": SIZE,
-    "conv_L_cache": SIZE,
+    "conv_L_cache": KERNEL,
     "conv_bias": SWITCH,
     "full_attn_idxs": Expected(lambda value: value is None or isinstance(value, list), "null or a list of layers"),
     "layer_types": or_null(TEXTS),
@@ -104,11 +104,8 @@ KEYS: dict[str, Expected] = {
 
 
 def recurrent_shape(hf: Mapping[str, Any], types: tuple[str, ...]) -> RecurrentShape | None:
-    """The state of a model's convolutions; None where it has none. Raises ValueError for one of a single token."""
-    kernel = hf["conv_L_cache"]
-    if kernel < 2 and CONVOLUTION in types:
-        raise ValueError(f"conv_L_cache: {kernel}; expected at least 2 tokens")
-    return RecurrentShape(hf["hidden_size"], kernel) if CONVOLUTION in types else None
+    """The state of a model's convolutions; None where it has none."""
+    return RecurrentShape(hf["hidden_size"], hf["conv_L_cache"]) if CONVOLUTION in types else None
 
 
 def _mlp_width(hf: Mapping[str, Any]) -> int:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from evojax_merge.models.architecture import ATTENTION, LAYERS, RECURRENCE, LayerType
-from evojax_merge.models.config_keys import EPSILON, SIZE, SWITCH, TEXTS, above, or_null, whole
+from evojax_merge.models.config_keys import EPSILON, KERNEL, SIZE, SWITCH, TEXTS, above, or_null, whole
 from evojax_merge.models.families import lfm2, llama_like, mixture
 from evojax_merge.models.families.glm4_moe import correction_leaf
 from evojax_merge.models.families.lfm2 import CONVOLUTION, FULL
@@ -71,7 +71,7 @@ LFM2_MOE = llama_like.llama_like(
     "lfm2_moe",
     "Lfm2MoeConfig",
     {
-        "conv_L_cache": SIZE,
+        "conv_L_cache": KERNEL,
         "conv_bias": SWITCH,
         "layer_types": or_null(TEXTS),
         "moe_intermediate_size": SIZE,

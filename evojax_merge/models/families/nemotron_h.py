@@ -11,6 +11,7 @@ from evojax_merge.models import mamba2
 from evojax_merge.models.architecture import LAYERS, RECURRENCE, LayerType, Leaf
 from evojax_merge.models.config_keys import (
     EPSILON,
+    KERNEL,
     OFF,
     SIZE,
     SWITCH,
@@ -146,7 +147,7 @@ def mixture_block(
 # config.json
 
 KEYS: dict[str, Expected] = {
-    "conv_kernel": SIZE,
+    "conv_kernel": KERNEL,
     "hybrid_override_pattern": TEXT,
     "layer_norm_epsilon": EPSILON,
     "layer_types": or_null(TEXTS),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from evojax_merge.models import gated_delta
 from evojax_merge.models.architecture import LAYERS, RECURRENCE, Architecture, LayerType, Leaf, SharedWeights
 from evojax_merge.models.config import NO_WINDOW, LlamaLikeConfig
-from evojax_merge.models.config_keys import SIZE, SWITCH, TEXTS, Expected, mapping, or_null
+from evojax_merge.models.config_keys import KERNEL, SIZE, SWITCH, TEXTS, Expected, mapping, or_null
 from evojax_merge.models.families import llama_like, mixture
 from evojax_merge.models.families.llama_like import BIASES, PARTIAL_ROPE, PARTIAL_ROTARY, read_types
 from evojax_merge.models.families.mixture import ALL_SPARSE, MixtureConfig
@@ -139,7 +139,7 @@ KEYS: dict[str, Expected] = {
     "attention_bias": SWITCH,
     "full_attention_interval": SIZE,
     "layer_types": or_null(TEXTS),
-    "linear_conv_kernel_dim": SIZE,
+    "linear_conv_kernel_dim": KERNEL,
     "linear_key_head_dim": SIZE,
     "linear_num_key_heads": SIZE,
     "linear_num_value_heads": SIZE,
