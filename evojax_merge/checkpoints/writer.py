@@ -18,7 +18,8 @@ from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
 from evojax_merge.checkpoints.quantised import FP8
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.errors import InputError
-from evojax_merge.system.file_system import check_free
+from evojax_merge.system.file_system import MOST_READ, check_free
+from evojax_merge.system.regular_file import read_regular
 from evojax_merge.version import __version__
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -146,12 +147,12 @@ def own_names(folder: Path) -> Mapping[str, str | None]:
     """The names, in a model folder, of the files that this program wrote, with their fingerprints where it noted
     them."""
     try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        files = json.loads(read_regular(folder / MARKER, "a list of files", MOST_READ))["files"]
         return {name: str(files[name]) for name in files} | {MARKER: None}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     try:
-        text = (folder / CARD).read_text(encoding="utf-8")
+        text = read_regular(folder / CARD, "a model card", MOST_READ).decode()
     except (OSError, ValueError):
         text = ""
     # Without a marker: by this program's tag in the front matter of the card.

@@ -18,6 +18,7 @@ from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.report.card import map_texts, public_names, public_recipe
 from evojax_merge.report.run_data import Result, RunData
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import MAX_DOCUMENT
 from evojax_merge.system.regular_file import read_regular
 
 _PART = r"[^\s/\"'<>|:;,()\[\]{}`*\\&]+"
@@ -26,6 +27,8 @@ _PATH_KEY = re.compile(r"(path|file|dir|folder)$")
 # Words of a config; other texts may be prompts, instructions and addresses.
 _WORD = re.compile(r"[!-~]*")
 LEFT_OUT = "(left out)"
+# The recipe in a card.
+_RECIPE = re.compile(r"(\n(`{3,})yaml\n)(.*?\n)(\2\n)", re.DOTALL)
 # The section of a card with the contact sheet.
 _SHEET = re.compile(rf"\n## Pictures\n\n[^\n]*\n\n!\[contact sheet\]\({re.escape(SHEET)}\)\n")
 
@@ -84,17 +87,22 @@ class Publication:
         """The public text of a file of the winner, or of its recipe or result; None where it is public as it is."""
         if file.suffix not in (".md", ".yml", ".yaml", ".json") or file.name in ("tokenizer.json", "vocab.json"):
             return None
-        text = read_regular(file, "a text").decode(errors="replace")
+        text = read_regular(file, "a text", MAX_DOCUMENT).decode(errors="replace")
         if file.suffix == ".md":
-            return self.text(text if self.with_answers else _SHEET.sub("", text))
+            card = _RECIPE.sub(lambda part: part[1] + self._recipe(part[3], file) + part[4], text)
+            return self.text(card if self.with_answers else _SHEET.sub("", card))
         if file.suffix != ".json":
-            return public_recipe(text, file, self.names)
+            return self._recipe(text, file)
         try:
             document = json.loads(text)
         except (ValueError, RecursionError):
             raise InputError(file, "is no JSON, and cannot be published") from None
         public = self.value(document) if file.name == "result.json" else map_texts(document, self._of_model)
         return None if public == document else json.dumps(public, indent=1, ensure_ascii=False) + "\n"
+
+    def _recipe(self, text: str, file: Path) -> str:
+        """The public text of a recipe, without the prompts of its calibration or its experts."""
+        return public_recipe(text, file, self.names, "" if self.with_answers else LEFT_OUT)
 
     def run(self, run: RunData) -> RunData:
         """The run of a page for the public."""
