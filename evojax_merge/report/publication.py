@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.pipelines import SHEET
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, without_secrets
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.report.card import map_texts, public_names, public_recipe
 from evojax_merge.report.run_data import Result, RunData
@@ -48,7 +48,11 @@ class Publication:
         places = sorted({*self.names, *folders} - {"/"}, key=len, reverse=True)
         # A path in a page of HTML or in its JSON may be escaped.
         forms = dict.fromkeys(form for path in places for form in (path, escape(path), json.dumps(path)[1:-1]))
-        paths = "|".join(map(re.escape, forms)) or r"(?!)"
+        # Paths of one folder below the root stand together: their common beginning is looked for once.
+        by_root: dict[str, list[str]] = {}
+        for form in forms:
+            by_root.setdefault(form.split("/")[1], []).append(re.escape(form))
+        paths = "|".join(f"(?:{'|'.join(group)})" for group in by_root.values()) or r"(?!)"
         self._known = re.compile(rf"(?:file://)?(?:{paths})(?![\w.-])(?:/+{_PART})*/*")
         self._any = re.compile(rf"(?<![\w.~/<\\-])(?:file://)?/{_PART}(?:/+{_PART})+/*")
 
@@ -109,11 +113,19 @@ class Publication:
         config = map_texts(run.config, self._of_config)
         sessions = [session for session in run.environment.get("sessions", ()) if isinstance(session, dict)]
         environment = [{name: part for name, part in each.items() if name != "command"} for each in sessions]
-        log, warnings = (list(map(self.text, lines)) if self.with_answers else [] for lines in (run.log, run.warnings))
-        result = None if run.result is None else self.value(run.result.model_dump(by_alias=True))
+        log, warnings = (
+            [without_secrets(self.text(line)) for line in lines] if self.with_answers else []
+            for lines in (run.log, run.warnings)
+        )
+        try:
+            document = None if run.result is None else self.value(run.result.model_dump(by_alias=True))
+            result = None if document is None else Result.model_validate(document)
+        except ValueError:
+            where = RunFolder(run.path).result
+            raise InputError(where, "has names that are the same without their folders; rename the models") from None
         return replace(
             run, config=config, config_text=dump_yaml(config), environment={"sessions": self.value(environment)},
             recipe=None if run.recipe is None else self.file(RunFolder(run.path).recipe),
             log=log, warnings=warnings, notes=list(map(self.text, run.notes)),
-            result=None if result is None else Result.model_validate(result),
+            result=result,
         )  # fmt: skip
