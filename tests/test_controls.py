@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from helpers.files import read_json, write_lines, write_yaml
 from helpers.models import even_records, load_torch
 from helpers.searches import problem_of, search_config, task_section
 from hostile import start_command
+from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
 import evojax_merge as em
@@ -212,6 +214,53 @@ def test_a_killed_run_makes_no_control_twice(sums: Family, tmp_path: Path, monke
     folder.controls.write_bytes(folder.controls.read_bytes()[:100])
     monkeypatch.undo()
     assert [row.fitness for row in finished(problem, folder).rows] == [row.fitness for row in first.rows]
+
+
+FACTS = {"fitness": 0.5, "search": 0.5, "rate": 1e-3, "step": 2, "steps": 4, "diverged": [2e-2]}
+SETTINGS = {"model": "/models/base", "passes": 4.0, "seed": 1, "by_gradient": True}
+
+
+def damaged(change: Callable[[bytearray], object]) -> Callable[[RunFolder], object]:
+    def of(folder: RunFolder) -> None:
+        content = bytearray(folder.controls.read_bytes())
+        change(content)
+        folder.controls.write_bytes(content)
+
+    return of
+
+
+def kept_again(array: np.ndarray, **facts: Any) -> Callable[[RunFolder], object]:
+    """Another file with a digest that is right."""
+    return lambda folder: controls.KeptControls(folder).keep("lora_base", SETTINGS, array, FACTS | facts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        damaged(lambda content: content.__setitem__(-3, content[-3] ^ 64)),
+        damaged(lambda content: content.__setitem__(content.index(b"0.001"), ord("9"))),
+        damaged(lambda content: content.clear()),
+        damaged(lambda content: content.__setitem__(slice(0, 8), (2**60).to_bytes(8, "little"))),
+        lambda folder: folder.controls.write_text("a thesis"),
+        lambda folder: save_file({"lora_base": np.ones(5, np.float32)}, folder.controls, {"facts": "[" * 100_000}),
+        lambda folder: save_file({"lora_base": np.ones(5, np.float32)}, folder.controls, {"facts": "[1]"}),
+        kept_again(np.ones(4, np.float32)),
+        kept_again(np.ones((1, 5), np.float32)),
+        kept_again(np.ones(5)),
+        kept_again(np.full(5, np.nan, np.float32)),
+        kept_again(np.ones(5, np.float32), step="2"),
+        kept_again(np.ones(5, np.float32), search=[0.5]),
+        kept_again(np.ones(5, np.float32), diverged=5),
+        kept_again(np.ones(5, np.float32), rate=1e308),
+    ],
+)
+def test_controls_that_no_search_has_kept_are_made_again(change: Callable[[RunFolder], object], tmp_path: Path) -> None:
+    folder, vector = RunFolder(tmp_path), np.arange(5, dtype=np.float32)
+    kept_again(vector)(folder)
+    again = controls.KeptControls.read(folder).get("lora_base", SETTINGS, 5)
+    assert again is not None and np.array_equal(again[0], vector) and again[1] == FACTS | {"settings": SETTINGS}
+    change(folder)
+    assert controls.KeptControls.read(folder).get("lora_base", SETTINGS, 5) is None
 
 
 def test_random_candidates_stand_beside_what_auto_chose(sums: Family) -> None:

@@ -26,6 +26,7 @@ from evojax_merge.checkpoints.members import MembersInFiles
 from evojax_merge.checkpoints.writer import ShardWriter
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
+from evojax_merge.steps.controls import KeptControls
 
 PAGE = 4096
 REASONS = ("No space left on device", "Read-only file system", "is not writable for you")
@@ -101,6 +102,8 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "the winner's weights": (ShardWriter, "write", 1),
     "a member": (MembersInFiles, "write", 1),
     "a vote": (VoteFile, "_append", 6),
+    "a control": (KeptControls, "keep", 1),
+    "the polish": (KeptControls, "keep", 2),
     "a tensor of a GGUF file": (GgufOutput, "encoded", 4),
     "an adapter's factors": (AdapterWriter, "add_factors", 4),
     "a mixture's weights": (ShardWriter, "write", 4),
@@ -110,6 +113,7 @@ KINDS = {
     "disk": ("a generation's line", "a checkpoint", "the winner"),
     "pool": ("a member", "a generation's line", "the winner"),
     "judged": ("a vote", "a generation's line", "the winner"),
+    "polished": ("a control", "the polish", "the winner", "an adapter's factors"),
 }
 
 
@@ -139,6 +143,9 @@ def write_config(family: Family, kind: str) -> Path:
     evaluation = {"bank": "host" if kind == "host" else "disk"}
     document = search_config(family, 4 if kind == "pool" else 3, seed=3, evaluation=evaluation, **bred)
     document["parents"] = document["parents"][: 3 if kind == "pool" else 2]
+    if kind == "polished":
+        document |= {"evaluation": {}, "tasks": [task_section(family.tasks, heldout=0.25)]}
+        document["search"] |= {"controls": ["random"], "then": "polish"}
     if kind == "judged":
         judged = {"kind": "human", "max_new_tokens": 2, "votes": 9, "heldout_votes": 1, "judge": "judge.py:first"}
         document |= {"tasks": [task_section(family.tasks, **judged)], "evaluation": {}}
@@ -148,6 +155,8 @@ def write_config(family: Family, kind: str) -> Path:
 def run_files(run: Path) -> dict[str, Any]:
     names = ("history.jsonl", "best/model/model.safetensors", "best/recipe.yaml", "result.json")
     files: dict[str, Any] = {name: (run / name).read_bytes() for name in names}
+    if (run / "best/adapter").exists():
+        files |= {file.name: file.read_bytes() for file in (run / "best/adapter").iterdir()}
     if (run / "votes.jsonl").exists():
         rows = read_lines(run / "votes.jsonl")
         files["votes"] = [row | {"vote": row["vote"] | {"time": ""}} if "vote" in row else row for row in rows]

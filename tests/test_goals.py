@@ -368,6 +368,13 @@ def test_words_that_the_other_has_not_are_marked() -> None:
     assert marked("same", "same") == ("same", "same") and marked("", "x") == ("", "<mark>x</mark>")
 
 
+def test_texts_that_would_take_minutes_are_marked_behind_their_common_beginning() -> None:
+    first, second = ("".join(rng.choice(["!", "?"], 1000)) for rng in map(np.random.default_rng, (0, 1)))
+    assert marked(f"so {first}", f"so {second}") == tuple(f"so <mark>{text}</mark>" for text in (first, second))
+    assert marked("!" * 1000, "!" * 1000) == ("!" * 1000, "!" * 1000)
+    assert marked("!" * 999, "!" * 1000) == ("!" * 999, "!" * 999 + "<mark>!</mark>")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The case that began with a winner worse than its own parent
 

@@ -1,6 +1,7 @@
 """The files that `publish` would upload of runs of several kinds have no path of the machine, no key, and no prompt or
 answer unless the user asks for them."""
 
+import base64
 import json
 import os
 import re
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import run_here
+import yaml
+from helpers.commands import refusal, run_here
 from helpers.families import Family, build_family
 from helpers.files import read_json, write_json, write_yaml
 from helpers.searches import search_config
 from tiny_generators import make_ddpm
 
+from evojax_merge.checkpoints.pipelines import SHEET
 from evojax_merge.commands.publish import stage
 from evojax_merge.report.publication import LEFT_OUT, Publication
 
@@ -67,6 +70,7 @@ def runs(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder = family.root / "runs"
     task = {"name": "text", "kind": "exact_match", "file": str(family.tasks), "max_new_tokens": 2, "prompt": PROMPT,
             "heldout": 0.5}  # fmt: skip
+    likely = {"name": "text", "kind": "likelihood", "file": str(family.tasks), "heldout": 0.5}
     judged = {"name": "taste", "kind": "human", "file": str(family.tasks), "max_new_tokens": 2, "votes": 4,
               "prompt": PROMPT, "question": "Which one is kinder to cats?", "heldout_votes": 2,
               "judge": str(family.root / "functions.py:shorter")}  # fmt: skip
@@ -77,6 +81,15 @@ def runs(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {
         "text": searched(family, folder / "text", tasks=[task]),
         "judged": searched(family, folder / "judged", tasks=[judged], search={"generations": 1, "population": 3}),
+        "measured": searched(
+            family, folder / "measured", tasks=[likely], space={"method": "regmean"}, search={"then": "polish"},
+            calibration={"file": str(family.tasks), "prompt": "Kindly continue, kinder to cats: {prompt}"},
+        ),
+        "mixture": searched(
+            family, folder / "mixture", tasks=[likely], space=None, search={"generations": 1, "population": 3},
+            mixture={"experts": list(map(str, family.parents)), "positive_prompts": {
+                str(parent): [f"Kindly continue, w{k + 4} w5"] for k, parent in enumerate(family.parents)}},
+        ),
         "images": searched(family, folder / "images", tasks=[images], backend="torch", base=None, parents=pipelines,
                            evaluation={"chunk": 1}),
     }  # fmt: skip
@@ -101,7 +114,7 @@ def texts(family: Family) -> list[str]:
     return [text.strip() for text in texts if isinstance(text, str) and len(text.split()) > 2]
 
 
-@pytest.mark.parametrize("kind", ["text", "judged", "images"])
+@pytest.mark.parametrize("kind", ["text", "judged", "measured", "mixture", "images"])
 def test_nothing_private_would_be_uploaded(kind: str, runs: dict[str, Path], family: Family, tmp_path: Path) -> None:
     run, prompts = runs[kind], texts(family)
     assert len(prompts) >= 12
@@ -170,6 +183,46 @@ def test_only_what_this_program_wrote_is_uploaded(runs: dict[str, Path], tmp_pat
     (run / "run.log").unlink()
     (run / "run.log").write_text("a log of the user's diary\n")
     assert not any(b"diary" in content for content in published(run, tmp_path / "again", True).values())
+
+
+def test_what_a_link_in_the_place_of_pictures_leads_to_stays_at_home(runs: dict[str, Path], tmp_path: Path) -> None:
+    run, secret = shutil.copytree(runs["text"], tmp_path / "run"), tmp_path / "secret"
+    for content in (b"the user's diary", b"\x89PNG the user's diary"):
+        secret.write_bytes(content)
+        (run / "best/model" / SHEET).unlink(missing_ok=True)
+        (run / "best/model" / SHEET).symlink_to(secret)
+        run_here("report", run)
+        pages = [(run / "report.html").read_bytes(), published(run, tmp_path / content.hex(), True)["report.html"]]
+        assert not any(base64.b64encode(content) in page for page in pages)
+    (run / "best/model" / SHEET).unlink()
+    (run / "best/model" / SHEET).write_bytes(b"no picture")
+    assert b"data:image/png" not in published(run, tmp_path / "again", True)["report.html"]
+
+
+@pytest.mark.parametrize("changes", [{"parents": 3}, {"inputs": 5}, {"inputs": {1: "a"}}, {"base": [1]}])
+def test_a_config_that_no_search_wrote_names_its_key(
+    changes: dict[str, Any], runs: dict[str, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(runs["text"], tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text()) | changes
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert f"run/config.yaml: {next(iter(changes))}" in refusal("publish", run, "--repo", "one/two")
+
+
+def test_names_that_are_the_same_without_their_folders_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs["text"], tmp_path / "run")
+    bred = {"method": "slerp", "parents": ["one", "two"], "parameters": {"t": 0.5}, "split": 1}
+    result = read_json(run / "result.json") | {"lineage": [bred | {"name": name} for name in ("/a/x", "/b/x")]}
+    write_json(run / "result.json", result)
+    assert "run/result.json: has names that are the same" in refusal("publish", run, "--repo", "one/two")
+
+
+def test_a_key_of_today_is_in_no_line_of_an_old_log(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    page = published(runs["text"], tmp_path / "upload", with_answers=True)["report.html"].decode()
+    assert "Authorization: [OPENAI_API_KEY]" in page and KEY not in page
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from evojax_merge.search.run_schema import (
     Environment,
     HistoryLine,
     Stored,
+    StoredControl,
     StoredResult,
     TimingLine,
     parse,
@@ -52,7 +53,8 @@ NAN, INFINITY = float("nan"), float("inf")
         (HistoryLine, LINE | {"validation": {"best_so_far": 0.5, "standard_error": None, "finalists": [None, 1.0]}}),
         (StoredResult, RESULT), (StoredResult, {}), (StoredResult, {"parameters": {"g": {"weight": [1.0]}}}),
         (TimingLine, TIMING | {"validation_seconds": 1}), (Environment, {"sessions": [SESSION]}), (Environment, {}),
-        (AnswerLine, ANSWER), (AnswerLine, {"model": "m", "task": "t"}),
+        (AnswerLine, ANSWER), (AnswerLine, {"model": "m", "task": "t", "prompt": "x" * 2**19}),
+        (Environment, {"sessions": [SESSION | {"command": "x" * 2**19}]}), (StoredControl, {"settings": {"seed": 1}}),
     ],
 )  # fmt: skip
 def test_what_a_search_writes_fits(kind: type[Stored], document: dict[str, Any]) -> None:
@@ -89,7 +91,17 @@ def test_what_a_search_writes_fits(kind: type[Stored], document: dict[str, Any])
         (StoredResult, RESULT, {"chosen_on": "train"}, "chosen_on: "),
         (TimingLine, TIMING, {"seconds": -1.0}, "seconds: "), (TimingLine, TIMING, {"seconds": NAN}, "seconds: "),
         (Environment, {}, {"sessions": {}}, "sessions: "), (Environment, {}, {"a": {"b": {"c": 1}}}, "a."),
+        (Environment, {}, {"sessions": [SESSION | {"seconds": INFINITY}]}, "sessions.0.seconds"),
+        (Environment, {}, {"sessions": [SESSION | {"cores": 10**400}]}, "sessions.0.cores"),
+        (HistoryLine, LINE, {"sigma": -(10**400)}, "sigma."), (HistoryLine, LINE, {"sigma": NAN}, "sigma."),
+        (StoredResult, RESULT, {"verdicts": ["x" * 2**19]}, "verdicts.0: "),
+        (StoredResult, RESULT, {"units": {"x" * 2**19: ""}}, "units."),
         (AnswerLine, ANSWER, {"outputs": "x"}, "outputs: "), (AnswerLine, ANSWER, {"score": "x"}, "score: "),
+        (AnswerLine, ANSWER, {"score": 1e308}, "score: "), (AnswerLine, ANSWER, {"score": INFINITY}, "score: "),
+        (AnswerLine, ANSWER, {"task": "x" * 2**19}, "task: "),
+        (AnswerLine, ANSWER, {"example": "x" * 2**19}, "example"),
+        (StoredControl, {"settings": {}}, {"step": "2"}, "step: "),
+        (StoredControl, {"settings": {}}, {"rate": NAN}, "rate: "),
     ],
 )  # fmt: skip
 def test_what_no_search_writes_is_named(

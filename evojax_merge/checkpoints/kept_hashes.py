@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.errors import Failed, InputError
@@ -22,6 +23,7 @@ from evojax_merge.system.regular_file import read_regular
 
 # Bytes of a file from which on its hash is kept; the most hashes, the latest ones, and the bytes of the file of them.
 LEAST_BYTES, MAX_HASHES, MAX_BYTES = 2**20, 20_000, 2**22
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # Nanoseconds for which a file has to be unchanged: within a clock's tick a second change would leave no trace.
 SETTLED = 2 * 10**9
 
@@ -59,7 +61,7 @@ def _identity(path: Path) -> str | None:
 
 def _read() -> dict[str, str]:
     try:
-        return TypeAdapter(dict[str, str]).validate_json(read_regular(_file(), "hashes of files", MAX_BYTES))
+        return TypeAdapter(dict[str, Digest]).validate_json(read_regular(_file(), "hashes of files", MAX_BYTES))
     except (OSError, ValidationError, InputError):
         return {}
 

@@ -1,11 +1,11 @@
 """Prepared vectors that outlive a run: the next merge or search with the same tensors and rule reads them.
 
 Vectors are kept by content: of the sources' tensors, of the prompts and models that their moments are measured on, of
-the method, its constants and the kernels' own code. A file is a SHA-256 of the bytes after it; one that is damaged is
-made again.
+the method, its constants and the kernels' own code. A file that is damaged is made again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -22,8 +22,8 @@ from evojax_merge.errors import Failed, InputError
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.system.blas import one_blas_thread
 from evojax_merge.system.data_packages import cache_folder
-from evojax_merge.system.file_system import atomic_write_bytes, code_digest, make_folder, remove_file
-from evojax_merge.system.regular_file import read_regular
+from evojax_merge.system.file_system import code_digest, make_folder, remove_file
+from evojax_merge.system.kept_files import keep, read_kept
 
 # Tensors of fewer entries are prepared as soon as they are read, where that asks for no moments.
 MIN_ENTRIES = 2**16
@@ -90,23 +90,20 @@ def preparation_seconds(spec: MergeSpec, parents: int, shapes: Iterable[tuple[in
 
 
 def _read(file: Path, count: int, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, ...] | None:
-    size = 32 + count * prod(shape) * dtype.itemsize
-    try:
-        content = read_regular(file, "kept vectors", size)
-    except (OSError, InputError):
+    size = count * prod(shape) * dtype.itemsize
+    content = read_kept(file, size)
+    if content is None or len(content) != size:
         return None
-    if len(content) != size or sha256(content[32:]).digest() != content[:32]:
-        return None
-    return tuple(np.frombuffer(content, dtype, offset=32).reshape(count, *shape))
+    return tuple(np.frombuffer(content, dtype).reshape(count, *shape))
 
 
 def _keep(file: Path, content: bytes) -> None:
     """Keep vectors if the folder can be written and has room, and remove the oldest ones."""
-    try:
+    with suppress(OSError, Failed, InputError):
         make_folder(file.parent)
         if disk_usage(file.parent).free - len(content) < FREE_SHARE * disk_usage(file.parent).total:
             return
-        atomic_write_bytes(file, sha256(content).digest() + content)
+        keep(file, content)
         states = sorted((each.stat().st_mtime, each.stat().st_size, each) for each in file.parent.iterdir())
         total = sum(size for _, size, _ in states)
         for _, size, old in states:
@@ -114,5 +111,3 @@ def _keep(file: Path, content: bytes) -> None:
                 break
             remove_file(old)
             total -= size
-    except (OSError, Failed, InputError):
-        return

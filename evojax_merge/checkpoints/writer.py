@@ -18,7 +18,7 @@ from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
 from evojax_merge.checkpoints.quantised import FP8
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.errors import InputError
-from evojax_merge.system.file_system import check_free
+from evojax_merge.system.file_system import MOST_READ, check_free
 from evojax_merge.system.regular_file import read_regular
 from evojax_merge.version import __version__
 
@@ -45,8 +45,6 @@ RUN_FILES = ("config.yaml", "history.jsonl")
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # This many evenly spaced blocks of a large file tell whether it is the file that was written.
 BLOCKS, BLOCK_BYTES = 64, 4096
-# A marker, or a card, has no more bytes.
-MOST_TEXT = 2**26
 # The names of dtypes in headers.
 NAMES = DTYPE_NAMES | {FP8: "F8_E4M3"}
 # The metadata by which libraries recognise a file of torch's tensors.
@@ -151,12 +149,12 @@ def own_names(folder: Path) -> Mapping[str, str | None]:
     """The names, in a model folder, of the files that this program wrote, with their fingerprints where it noted
     them."""
     try:
-        files = json.loads(read_regular(folder / MARKER, "a list of files", MOST_TEXT))["files"]
+        files = json.loads(read_regular(folder / MARKER, "a list of files", MOST_READ))["files"]
         return {name: str(files[name]) for name in files} | {MARKER: None}
     except (OSError, InputError, ValueError, KeyError, TypeError, RecursionError):
         pass
     try:
-        text = read_regular(folder / CARD, "a card", MOST_TEXT).decode()
+        text = read_regular(folder / CARD, "a model card", MOST_READ).decode()
     except (OSError, InputError, ValueError):
         text = ""
     # Without a marker: by this program's tag in the front matter of the card.

@@ -42,7 +42,7 @@ from evojax_merge.problem import (
 )
 from evojax_merge.report.card import adapter_card, card_in_dtype, merge_card, polished_card
 from evojax_merge.report.comparison import POLISHED
-from evojax_merge.schema.yaml_reader import parse_documents, read_text
+from evojax_merge.schema.yaml_reader import load_documents, parse_documents, read_text
 from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import check_inputs, check_masks, find_member, is_run, locked, run_at
@@ -206,7 +206,8 @@ def export(
 def _write_polished(output: _Output) -> None:
     """Write the winner with the adapter by which it is polished, in the dtypes of the winner's recipe."""
     folder, card = output.folder, _winners_card(output.folder)
-    recipe = parse_documents(folder.recipe, read_text(folder.recipe))[-1]
+    documents = load_documents(folder.recipe)
+    recipe = documents[-1] if documents and isinstance(documents[-1], dict) else {}
     model = "+".join(map(os.path.abspath, (folder.model, folder.adapter)))
     document = {"merge_method": "passthrough", "models": [{"model": model}]}
     document |= {key: recipe[key] for key in ("dtype", "out_dtype") if key in recipe}

@@ -14,8 +14,8 @@ from evojax_merge.errors import Failed, InputError, hide, print_warning
 from evojax_merge.report.page import run_page
 from evojax_merge.report.publication import Publication
 from evojax_merge.report.run_data import read_run
-from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.run_folder import run_at
+from evojax_merge.search.run_schema import read_run_config
 from evojax_merge.system.console import console
 
 
@@ -52,7 +52,7 @@ def stage(run: Path, place: Path, with_answers: bool) -> list[Path]:
     folder = run_at(run)
     if not (folder.result.is_file() and folder.recipe.is_file() and folder.model.is_dir()):
         raise InputError(run, "has no winner to publish; finish it with search … --resume")
-    publication = Publication(run, load_yaml(folder.config), with_answers)
+    publication = Publication(run, read_run_config(folder.config), with_answers)
     written = own_names(folder.model).keys() - {MARKER, *(() if with_answers else (SHEET,))}
     files = {folder.recipe.name: folder.recipe, folder.result.name: folder.result}
     for file in sorted(folder.model.rglob("*")):

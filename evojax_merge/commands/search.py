@@ -157,13 +157,16 @@ def search(
     options += ["--port", str(judges.port)] if judges is not None and judges.port else []
     options += ["--export", str(judges.pairs)] if judges is not None and judges.pairs else []
     resume_hint = ResumeHint(command(*asked, *options), resume)
-    with resume_hint.on_exit(), telling_peers(), losing_peers(), attribute_errors_to_overrides(path, overrides):
-        check_outputs(watching.outputs(), {"CONFIG": path})
+    with (
+        resume_hint.on_exit(), telling_peers(), losing_peers(), _printing(output) as on_generation,
+        attribute_errors_to_overrides(path, overrides),
+    ):  # fmt: skip
         plugins.load()
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
+        check_outputs(watching.outputs(), {"CONFIG": path} | RunFolder(out).named_files)
         on_started = partial(resume_hint.on_started, command("--out", str(out), *options, "--resume"))
-        with watched_by(watching), _printing(output) as on_generation:
+        with watched_by(watching):
             run_search(
                 path, config, out, resume=resume, overwrite=overwrite, on_started=on_started,
                 on_generation=on_generation, force=force, judges=judges, on_searched=resume_hint.on_searched,

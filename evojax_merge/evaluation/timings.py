@@ -37,8 +37,8 @@ class Timing(BaseModel):
 
     device: str
     kind: TimingKind
-    factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    nbytes: Annotated[int, Field(gt=0)]
+    factor: Annotated[float, Field(ge=1e-9, le=1e9)]
+    nbytes: Annotated[int, Field(gt=0, le=10**18)]
     source: Literal["bench", "search"]
     date: str
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from merge_kernels import Method, Parameter
 
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError, escaped, shown
 from evojax_merge.tasks.arrays import read_examples
 from evojax_merge.tasks.gsm import read_problem
 from evojax_merge.tasks.harness import is_benchmark
@@ -537,7 +537,7 @@ def _line(key: str, value: Any, comment: str, indent: str = "") -> str:
 
 
 def _row(content: str, comment: str) -> str:
-    return f"{content:<{COMMENT_COLUMN}} # {comment}" if comment else content
+    return f"{content:<{COMMENT_COLUMN}} # {escaped(comment)}" if comment else content
 
 
 def _value(value: Any) -> str:

@@ -48,8 +48,7 @@ def check_export(path: Path, out: Path, options: JudgeOptions) -> None:
     if options.pairs is None:
         return
     run, named = RunFolder(out), {"--import": options.choices, "--replay": options.replay, "CONFIG": path}
-    others = {f"the run's {file.name}": file for file in (*run.files, run.votes, run.judge_token, run.lock)}
-    others |= {name: file for name, file in named.items() if file is not None}
+    others = run.named_files | {name: file for name, file in named.items() if file is not None}
     outputs = pair_files(options.pairs)
     check_outputs(outputs, others, made=out)
     for output in outputs:

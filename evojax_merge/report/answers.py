@@ -19,6 +19,8 @@ from evojax_merge.search.run_schema import AnswerLine, parse, whole_lines
 # The most that a page shows: examples of all tasks together, and characters of a text; and those of each outcome that
 # are in sight at once.
 MOST_EXAMPLES, MOST_CHARACTERS, IN_SIGHT = 200, 1_000, 3
+# The most pairs of equal words in two texts that are compared word by word.
+MOST_MATCHES = 50_000
 # Words with the space behind them; signs, and those of scripts that put no space between words, one by one.
 _WORD = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+\s*|\s+|\W")
 
@@ -165,7 +167,15 @@ def marked(first: str, second: str) -> tuple[Markup, Markup]:
     """Two texts as HTML, in which the words that the other one does not have in their place are marked."""
     words: list[list[str]] = [_WORD.findall(text) for text in (first, second)]
     sides: tuple[list[Markup], list[Markup]] = ([], [])
-    for kind, *ends in SequenceMatcher(a=words[0], b=words[1], autojunk=False).get_opcodes():
+    counts, (end, other_end) = [*map(Counter, words)], map(len, words)
+    if sum(count * counts[1][word] for word, count in counts[0].items()) <= MOST_MATCHES:
+        parts: list[Any] = SequenceMatcher(a=words[0], b=words[1], autojunk=False).get_opcodes()
+    else:
+        # Texts of few words, again and again, would take seconds: all behind their common beginning is marked.
+        pairs = enumerate(zip(*words, strict=False))
+        begin = next((number for number, (ours, theirs) in pairs if ours != theirs), min(end, other_end))
+        parts = [("equal", 0, begin, 0, begin), ("replace", begin, end, begin, other_end)]
+    for kind, *ends in parts:
         for side, all_words, (begin, end) in zip(sides, words, (ends[:2], ends[2:]), strict=True):
             text = escape("".join(all_words[begin:end]))
             side.append(text if kind == "equal" or not text else Markup("<mark>{}</mark>").format(text))

@@ -22,6 +22,8 @@ from evojax_merge.schema.yaml_reader import parse_documents, take_last
 from evojax_merge.tasks.task import GUARD_WEIGHT
 from evojax_merge.zoo import PREFIX
 
+# Keys of recipes whose texts are prompts: of `calibration`, and of experts.
+PROMPTS = ("prompt", "positive_prompts", "negative_prompts")
 # A change of a card's front matter: no results.
 UNSCORED: dict[str, Any] = {"model-index": None}
 
@@ -50,12 +52,15 @@ def map_texts(value: Any, change: Callable[[str, str], str], key: str = "") -> A
     return change(key, value) if isinstance(value, str) else value
 
 
-def _public_documents(documents: Sequence[Any], references: Mapping[str, str]) -> list[Any]:
-    """A recipe's documents in which models that lie on this machine have their public names."""
+def _public_documents(documents: Sequence[Any], references: Mapping[str, str], prompts: str = "") -> list[Any]:
+    """A recipe's documents in which models that lie on this machine have their public names. prompts: stands in place
+    of each prompt; empty: they stay."""
 
     def replaced(key: str, value: str) -> str:
         if not key:
             return value
+        if prompts and key in PROMPTS:
+            return prompts
         # Any other path, alone or behind a stage's name and a +, is cut to its last part, for the rest of it says
         # nothing to others.
         parts = [value] if os.path.lexists(value) else value.split("+")
@@ -65,11 +70,13 @@ def _public_documents(documents: Sequence[Any], references: Mapping[str, str]) -
     return [map_texts(document, replaced) for document in documents]
 
 
-def public_recipe(recipe: str, where: Path, names: Mapping[str, str] = MappingProxyType({})) -> str:
+def public_recipe(
+    recipe: str, where: Path, names: Mapping[str, str] = MappingProxyType({}), prompts: str = ""
+) -> str:  # fmt: skip
     """A recipe as YAML, in which models have their public `names`, and other absolute paths are cut to their last part;
-    unchanged where it has none. `where` names it in messages."""
+    unchanged where it has none. `where` names it in messages; prompts: see `_public_documents`."""
     documents = parse_documents(where, recipe, take_last)
-    public = _public_documents(documents, names)
+    public = _public_documents(documents, names, prompts)
     return recipe if public == documents else dump_documents(public)
 
 

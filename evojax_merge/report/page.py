@@ -9,7 +9,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from evojax_merge.checkpoints.pipelines import SHEET
-from evojax_merge.errors import Failed, InputError, escaped
+from evojax_merge.errors import InputError, escaped
 from evojax_merge.mergekit.streams import read_stream
 from evojax_merge.report.answers import read_answers
 from evojax_merge.report.comparison import model_names
@@ -48,8 +48,8 @@ from evojax_merge.search.loop import Generation
 from evojax_merge.search.run_parts import RunFolder, is_page
 from evojax_merge.system.console import format_seconds, working
 from evojax_merge.system.data_packages import cache_folder
-from evojax_merge.system.file_system import OutputFile, atomic_write, make_folder
-from evojax_merge.system.regular_file import read_regular
+from evojax_merge.system.file_system import OutputFile
+from evojax_merge.system.kept_files import keep, read_kept
 
 # Seconds between two pages, and at least as many times the seconds that the last one took.
 INTERVAL, TIMES = 10.0, 50.0
@@ -58,8 +58,10 @@ REFRESH = 10
 TEMPLATES = Path(__file__).parent / "templates"
 # The charts of one kind that a page shows.
 MOST_CHARTS = 12
-# The largest contact sheet that a page holds.
-MOST_PICTURE_BYTES = 8 * 2**20
+# The largest contact sheet that a page holds, and its first bytes.
+MOST_PICTURE_BYTES, PNG = 8 * 2**20, b"\x89PNG"
+# The largest script of the charts' libraries.
+MOST_SCRIPT_BYTES = 2**26
 # The axes of the drawn candidates.
 MOST_AXES = 12
 
@@ -125,10 +127,12 @@ def _run_page(run: RunData, refresh: bool, made: Any, publication: Publication |
         thinned = f" {len(run.generations)} of {run.count} generations are drawn, evenly spaced."
     inputs, answers = run.config.get("inputs"), read_answers(run) if with_answers else None
     sheet, pictures = RunFolder(run.path).model / SHEET, None
-    if with_answers and run.result is not None and sheet.is_file() and sheet.stat().st_size <= MOST_PICTURE_BYTES:
+    # A file that a link leads to is not the run's to show.
+    is_own = sheet.is_file() and not sheet.is_symlink() and sheet.stat().st_size <= MOST_PICTURE_BYTES
+    if with_answers and run.result is not None and is_own and (content := sheet.read_bytes()).startswith(PNG):
         # The contact sheet in the winner's folder, as the address of a picture, and the models of its rows.
-        content = base64.b64encode(sheet.read_bytes()).decode()
-        pictures = f"data:image/png;base64,{content}", [escaped(row.name) for row in result.table]
+        address = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        pictures = address, [escaped(row.name) for row in result.table]
     return _render(
         "run_page.html", charts, frames, refresh,
         title=f"{run.name}: evojax-merge", run=run, parameters=parameters, facts=facts(run), headline=headline(run),
@@ -206,16 +210,14 @@ def _templates() -> jinja2.Environment:
 @cache
 def _vega() -> str:
     """The libraries as one script. Bundling takes seconds: the user's cache keeps the script."""
-    name = f"vega-{metadata.version('vl-convert-python')}.js"
-    # The page does without a cache.
-    with suppress(OSError, InputError, Failed):
-        return read_regular(cache_folder() / name, "a script").decode()
+    file = cache_folder() / f"vega-{metadata.version('vl-convert-python')}.js"
+    kept = read_kept(file, MOST_SCRIPT_BYTES)
+    if kept is not None:
+        return kept.decode()
     import vl_convert
 
     script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
-    with suppress(OSError, InputError, Failed):
-        make_folder(cache_folder())
-        atomic_write(cache_folder() / name, script)
+    keep(file, script.encode())
     return script
 
 

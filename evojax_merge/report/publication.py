@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.pipelines import SHEET
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, without_secrets
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.report.card import map_texts, public_names, public_recipe
 from evojax_merge.report.run_data import Result, RunData
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import MAX_DOCUMENT
 from evojax_merge.system.regular_file import read_regular
 
 _PART = r"[^\s/\"'<>|:;,()\[\]{}`*\\&]+"
@@ -26,6 +27,8 @@ _PATH_KEY = re.compile(r"(path|file|dir|folder)$")
 # Words of a config; other texts may be prompts, instructions and addresses.
 _WORD = re.compile(r"[!-~]*")
 LEFT_OUT = "(left out)"
+# The recipe in a card.
+_RECIPE = re.compile(r"(\n(`{3,})yaml\n)(.*?\n)(\2\n)", re.DOTALL)
 # The section of a card with the contact sheet.
 _SHEET = re.compile(rf"\n## Pictures\n\n[^\n]*\n\n!\[contact sheet\]\({re.escape(SHEET)}\)\n")
 
@@ -45,7 +48,11 @@ class Publication:
         places = sorted({*self.names, *folders} - {"/"}, key=len, reverse=True)
         # A path in a page of HTML or in its JSON may be escaped.
         forms = dict.fromkeys(form for path in places for form in (path, escape(path), json.dumps(path)[1:-1]))
-        paths = "|".join(map(re.escape, forms)) or r"(?!)"
+        # Paths of one folder below the root stand together: their common beginning is looked for once.
+        by_root: dict[str, list[str]] = {}
+        for form in forms:
+            by_root.setdefault(form.split("/")[1], []).append(re.escape(form))
+        paths = "|".join(f"(?:{'|'.join(group)})" for group in by_root.values()) or r"(?!)"
         self._known = re.compile(rf"(?:file://)?(?:{paths})(?![\w.-])(?:/+{_PART})*/*")
         self._any = re.compile(rf"(?<![\w.~/<\\-])(?:file://)?/{_PART}(?:/+{_PART})+/*")
 
@@ -84,11 +91,12 @@ class Publication:
         """The public text of a file of the winner, or of its recipe or result; None where it is public as it is."""
         if file.suffix not in (".md", ".yml", ".yaml", ".json") or file.name in ("tokenizer.json", "vocab.json"):
             return None
-        text = read_regular(file, "a text").decode(errors="replace")
+        text = read_regular(file, "a text", MAX_DOCUMENT).decode(errors="replace")
         if file.suffix == ".md":
-            return self.text(text if self.with_answers else _SHEET.sub("", text))
+            card = _RECIPE.sub(lambda part: part[1] + self._recipe(part[3], file) + part[4], text)
+            return self.text(card if self.with_answers else _SHEET.sub("", card))
         if file.suffix != ".json":
-            return public_recipe(text, file, self.names)
+            return self._recipe(text, file)
         try:
             document = json.loads(text)
         except (ValueError, RecursionError):
@@ -96,16 +104,28 @@ class Publication:
         public = self.value(document) if file.name == "result.json" else map_texts(document, self._of_model)
         return None if public == document else json.dumps(public, indent=1, ensure_ascii=False) + "\n"
 
+    def _recipe(self, text: str, file: Path) -> str:
+        """The public text of a recipe, without the prompts of its calibration or its experts."""
+        return public_recipe(text, file, self.names, "" if self.with_answers else LEFT_OUT)
+
     def run(self, run: RunData) -> RunData:
         """The run of a page for the public."""
         config = map_texts(run.config, self._of_config)
         sessions = [session for session in run.environment.get("sessions", ()) if isinstance(session, dict)]
         environment = [{name: part for name, part in each.items() if name != "command"} for each in sessions]
-        log, warnings = (list(map(self.text, lines)) if self.with_answers else [] for lines in (run.log, run.warnings))
-        result = None if run.result is None else self.value(run.result.model_dump(by_alias=True))
+        log, warnings = (
+            [without_secrets(self.text(line)) for line in lines] if self.with_answers else []
+            for lines in (run.log, run.warnings)
+        )
+        try:
+            document = None if run.result is None else self.value(run.result.model_dump(by_alias=True))
+            result = None if document is None else Result.model_validate(document)
+        except ValueError:
+            where = RunFolder(run.path).result
+            raise InputError(where, "has names that are the same without their folders; rename the models") from None
         return replace(
             run, config=config, config_text=dump_yaml(config), environment={"sessions": self.value(environment)},
             recipe=None if run.recipe is None else self.file(RunFolder(run.path).recipe),
             log=log, warnings=warnings, notes=list(map(self.text, run.notes)),
-            result=None if result is None else Result.model_validate(result),
+            result=result,
         )  # fmt: skip

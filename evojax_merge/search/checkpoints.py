@@ -143,7 +143,7 @@ class Checkpoints:
                 # Orbax would also delete: entries of the folder that look unfinished or old to it, whoever made them.
                 self._orbax.save(
                     self._folder.step(generations).resolve(),
-                    arrays | {"digest": _digest(arrays)},
+                    arrays | {"digest": digest_of(arrays)},
                     custom_metadata=CHECKPOINT_MARK,
                 )
             if jax.process_index() == 0:
@@ -208,7 +208,7 @@ class Checkpoints:
                 check_unpacked(path, unpacked, sum(file.stat().st_size for file in path.rglob("*")))
                 loaded = self._orbax.load(path)
             arrays = {name: np.asarray(leaf) for name, leaf in loaded.items() if name != "digest"}
-            if "digest" in loaded and not np.array_equal(loaded["digest"], _digest(arrays)):
+            if "digest" in loaded and not np.array_equal(loaded["digest"], digest_of(arrays)):
                 return None
         except InputError:
             raise
@@ -296,7 +296,7 @@ def _name(path: tuple[Any, ...]) -> str:
     return ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> np.ndarray:
+def digest_of(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """SHA-256 of arrays with their names, uint8[32]."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):

@@ -8,6 +8,7 @@ read. Tasks that ask people, other programs or a user's functions are scored ane
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -17,15 +18,14 @@ from typing import Annotated, Any
 
 import jax
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from evojax_merge.config.search_config import Config
-from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import processor_name
 from evojax_merge.system.data_packages import cache_folder
-from evojax_merge.system.file_system import atomic_write_bytes, code_digest, remove_file
-from evojax_merge.system.regular_file import read_regular
+from evojax_merge.system.file_system import code_digest, remove_file
+from evojax_merge.system.kept_files import keep, read_kept
 
 # Kinds of tasks whose scores follow from a model and a file: no code runs but this program's.
 TEXT_KINDS = frozenset({"likelihood", "exact_match", "multiple_choice", "gsm", "generation"})
@@ -59,13 +59,11 @@ class KeptScores:
         file = self._file(split, model)
         if file is None:
             return None
-        try:
-            digest, _, content = read_regular(file, "kept scores", MAX_BYTES).partition(b"\n")
-            if digest != sha256(content).hexdigest().encode():
-                return None
-            kept = _Kept.model_validate_json(content)
-        except (OSError, ValidationError, InputError):
+        content = read_kept(file, MAX_BYTES)
+        if content is None:
             return None
+        # This program has written it: its version is a part of the file's name.
+        kept = _Kept.model_validate_json(content)
         lengths = {(task, len(values)) for task, metrics in kept.matrices.items() for values in metrics.values()}
         if kept.sizes != sizes or lengths != set(sizes.items()):
             return None
@@ -99,15 +97,11 @@ class KeptScores:
             log_probabilities={task: values[0].tolist() for task, values in scores.log_probabilities.items()},
             sizes=dict(sizes),
         )
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            content = kept.model_dump_json().encode()
-            atomic_write_bytes(file, sha256(content).hexdigest().encode() + b"\n" + content)
+        keep(file, kept.model_dump_json().encode())
+        with suppress(OSError):
             by_age = sorted(file.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)
             for old in by_age[:-MAX_FILES]:
                 remove_file(old)
-        except (OSError, Failed, InputError):
-            return
 
     def _file(self, split: str, model: Path) -> Path | None:
         """The file of a model's scores; None for a model that is no input, such as the winner of an earlier stage."""

@@ -126,6 +126,11 @@ class RunFolder:
         return [self.config, *history, self.environment, self.log, *results]
 
     @property
+    def named_files(self) -> dict[str, Path]:
+        """The files of the run by their names in messages: what no other output may be."""
+        return {f"the run's {file.name}": file for file in (*self.files, self.votes, self.judge_token, self.lock)}
+
+    @property
     def parts(self) -> list[Path]:
         """The folders that belong to the run; anything else beside them is its user's."""
         return [self.best, self.checkpoints, self.members, self.stages, self.winners]
@@ -163,9 +168,9 @@ class RunFolder:
         return sorted(path for path in named if (path / self.recipe.name).is_file())
 
     def begun_stages(self) -> list["RunFolder"]:
-        """The run folders of a chain's stages."""
+        """The run folders of a chain's stages. A link to a folder is none."""
         named = (path for path in entries(self.stages) if _STAGE.fullmatch(path.name))
-        return [RunFolder(path) for path in sorted(named) if path.is_dir()]
+        return [RunFolder(path) for path in sorted(named) if is_real_folder(path)]
 
 
 def entries(folder: Path) -> list[Path]:
@@ -240,10 +245,11 @@ def check_removable_step(folder: RunFolder, generation: int) -> None:
         raise _foreign(folder.checkpoints, f"{generation}/{name}")
 
 
-def check_parts(folder: RunFolder) -> None:
-    """Raises InputError where a part of a run folder, or a file of it, is of the wrong type: a link that leads nowhere
-    or into another run, a pipe, a folder in the place of a file."""
-    places: dict[Path, Path] = {}
+def check_parts(folder: RunFolder, places: dict[Path, Path] | None = None) -> None:
+    """Raises InputError where a part of a run folder or of its stages, or a file of them, is of the wrong type: a link
+    that leads nowhere or into another run, a pipe, a folder in the place of a file; and where a link stands in the
+    place of a file, or of the winner, since what it leads to would be replaced. places: of the parts so far."""
+    places = {} if places is None else places
     for part in folder.parts:
         if not os.path.lexists(part):
             continue
@@ -262,6 +268,15 @@ def check_parts(folder: RunFolder) -> None:
                 raise InputError(part, f"leads into another run ({above}); give this one a folder of its own")
     for file in folder.files:
         regular_file(file)
+    # These three are replaced only where this program wrote them.
+    checked = (folder.page, folder.log, folder.table)
+    stages = (path for path in entries(folder.stages) if _STAGE.fullmatch(path.name))
+    for path in (*folder.files, folder.model, folder.adapter, folder.front, *stages):
+        if path.is_symlink() and path not in checked:
+            what = "is a link, and what it leads to would be replaced; put the file or folder itself in its place"
+            raise InputError(path, what)
+    for stage in folder.begun_stages():
+        check_parts(stage, places)
 
 
 def check_room(folder: RunFolder, generations: int) -> None:
@@ -309,7 +324,7 @@ def sweep(folder: RunFolder, keep: KeepConfig) -> None:
 
 def prune(folder: RunFolder, keep: KeepConfig) -> None:
     """Remove the checkpoints that a search does not keep; one in which a user keeps a file stays."""
-    interval, due = None if keep.every_hours is None else keep.every_hours * HOUR, 0.0
+    interval, due = None if keep.every_hours is None else round(keep.every_hours * HOUR), 0
     for generation in folder.steps()[: -keep.last]:
         step = folder.step(generation)
         saved_at = _metadata(step, "commit_timestamp_nsecs")

@@ -45,20 +45,22 @@ def _bounded(value: float) -> float:
 
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER, allow_inf_nan=False)]
-Gene = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, allow_inf_nan=False)]
+Float32 = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, allow_inf_nan=False)]
 # Python's JSON holds NaN and infinity, which the held-out scores of a model may be.
 Score = Annotated[float, AfterValidator(_bounded)]
 Interval = Annotated[list[Score], Field(min_length=2, max_length=2)]
+# Shown in one piece, unlike the texts of an example.
+Name = Annotated[str, Field(max_length=2**18)]
 # A small JPEG, which a page shows.
 Thumbnail = Annotated[str, Field(max_length=2**16, pattern=r"^data:image/jpeg;base64,[A-Za-z0-9+/=]+$")]
-Scalar = str | int | float | bool | None
+Scalar = str | Annotated[int, Field(ge=-(10**15), le=10**15)] | Number | bool | None
 Fact = Scalar | list[Scalar] | dict[str, Scalar]
 
 
 class Stored(BaseModel):
     """A file, a line, or a part of them. Values have their own types: a text is no number."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, str_max_length=2**18)
 
 
 Kind = TypeVar("Kind", bound=Stored)
@@ -94,7 +96,7 @@ class HistoryLine(Stored):
     fitness: list[Number | None]
     examples: list[Count] = []
     task_scores: dict[str, list[Number | None]] = {}
-    genomes: list[list[Gene]]
+    genomes: list[list[Float32]]
     companion: bool = False
     validation: Look = Look()
 
@@ -126,12 +128,14 @@ class TimingLine(Stored):
 class AnswerLine(Stored):
     """A line of heldout_answers.jsonl."""
 
-    model: str
-    task: str
-    example: str | int | None = None
-    image: str | None = None
+    model_config = ConfigDict(str_max_length=MAX_LINE)
+
+    model: Name
+    task: Name
+    example: Name | int | None = None
+    image: Name | None = None
     thumbnail: Thumbnail | None = None
-    score: float | None = None
+    score: Float32 | None = None
     outputs: list[str] | None = None
     prompt: str | None = None
     target: str | None = None
@@ -171,7 +175,7 @@ class FrontMember(Stored):
     scores: dict[str, Score]
     heldout_fitness: Score
     heldout_scores: dict[str, Score]
-    genome: list[Gene]
+    genome: list[Float32]
 
 
 class Bred(Stored):
@@ -235,7 +239,7 @@ class StoredResult(Stored):
     groups: list[str] = []
     # Parameter -> [groups][columns]; from search_pytrees group -> parameter -> [columns].
     parameters: dict[str, list[list[Number]] | dict[str, list[Number]]] = {}
-    genome: list[Gene] = []
+    genome: list[Float32] = []
     # The sentences of the terminal; a run of an earlier version has none.
     sentences: list[str] = Field([], alias="verdicts")
     warnings: list[str] = []
@@ -268,10 +272,24 @@ class StoredResult(Stored):
 class Environment(Stored):
     """environment.json."""
 
-    model_config = ConfigDict(extra="allow")
+    # A command is as long as its arguments.
+    model_config = ConfigDict(extra="allow", str_max_length=2**22)
     __pydantic_extra__: dict[str, Fact]
 
     sessions: list[dict[str, Fact]] = []
+
+
+class StoredControl(Stored):
+    """The facts of a control in controls.safetensors: the settings that it was made by, and, where it was trained, its
+    fitness, its learning rate and steps, and the learning rates whose change ceased to be finite."""
+
+    settings: dict[str, Any]
+    fitness: Score = math.nan
+    search: Score = math.nan
+    rate: Number = 0.0
+    step: Count = 0
+    steps: Count = 0
+    diverged: list[Number] = []
 
 
 class StoredSearch(Stored):

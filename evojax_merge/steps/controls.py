@@ -14,11 +14,12 @@ from evojax_merge.evaluation.scores import Goal, TaskScores, fitness, score_matr
 from evojax_merge.problem import SearchProblem, build_strategy
 from evojax_merge.report.comparison import POLISHED, POLISHED_NAME, label_of, model_name
 from evojax_merge.search.budgets import search_passes
+from evojax_merge.search.checkpoints import digest_of
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
 from evojax_merge.search.protocols import differentiates
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.search.run_schema import A_FILE, MAX_FILE
+from evojax_merge.search.run_schema import A_FILE, MAX_FILE, StoredControl, parse
 from evojax_merge.search.strategies.greedy import greedy_soup
 from evojax_merge.steps.loading import Phase
 from evojax_merge.steps.low_rank import Tuning, TuningData, train
@@ -46,7 +47,8 @@ class Control:
 @dataclass(frozen=True)
 class KeptControls:
     """The controls that are made so far, in a file of the run folder: a killed run makes none of it twice. folder:
-    None: nothing is kept; made: array by the control's role; facts: of each, and the settings that it was made by."""
+    None: nothing is kept; made: array by the control's role; facts: of each, and the settings that it was made by, as
+    `StoredControl` has them. The file holds a digest of all."""
 
     folder: RunFolder | None
     made: dict[str, np.ndarray] = field(default_factory=dict)
@@ -63,26 +65,37 @@ class KeptControls:
             return kept
         content = read_regular(folder.controls, A_FILE, MAX_FILE)
         try:
-            kept.made.update(load(content))
-            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            kept.facts.update(json.loads(header["__metadata__"]["facts"]))
-        except (SafetensorError, ValueError, KeyError, TypeError):
-            kept.made.clear()
+            made = load(content)
+            metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+            facts = json.loads(metadata["facts"])
+            for each in facts.values():
+                parse(StoredControl, json.dumps(each).encode())
+            if metadata["digest"] == _digest(made, facts):
+                kept.made.update(made)
+                kept.facts.update(facts)
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass
         return kept
 
-    def get(self, role: str, settings: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]] | None:
-        """A control that was made by the same settings, and its facts."""
-        facts = self.facts.get(role)
-        if role not in self.made or not isinstance(facts, dict) or facts.get("settings") != settings:
+    def get(self, role: str, settings: Mapping[str, Any], dims: int) -> tuple[np.ndarray, dict[str, Any]] | None:
+        """A control of so many numbers that was made by the same settings, and its facts."""
+        array, facts = self.made.get(role), self.facts.get(role, {})
+        if array is None or facts.get("settings") != settings:
             return None
-        return self.made[role], facts
+        fits = (array.shape, array.dtype) == ((dims,), np.float32) and np.isfinite(array).all()
+        return (array, facts) if fits else None
 
     def keep(self, role: str, settings: Mapping[str, Any], array: np.ndarray, facts: Mapping[str, Any]) -> None:
         from safetensors.numpy import save
 
         self.made[role], self.facts[role] = np.ascontiguousarray(array), {**facts, "settings": dict(settings)}
         if self.folder is not None:
-            atomic_write_bytes(self.folder.controls, save(self.made, {"facts": json.dumps(self.facts)}))
+            metadata = {"facts": json.dumps(self.facts), "digest": _digest(self.made, self.facts)}
+            atomic_write_bytes(self.folder.controls, save(self.made, metadata))
+
+
+def _digest(made: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> str:
+    return digest_of({**made, "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}).tobytes().hex()
 
 
 def make_controls(
@@ -152,7 +165,7 @@ def _random(
         population = 8
         generations = max(1, round(passes_of(problem, archive.generations) / population))
     settings = {"population": population, "generations": generations, "seed": problem.seed}
-    made = kept.get("random", settings)
+    made = kept.get("random", settings, problem.space.dims)
     if made is None:
         search = search.model_copy(
             update={
@@ -232,7 +245,7 @@ def _trained(
     data = TuningData(parts, deciding, search, Goal(on.search.goal.scales), on.deciding.goal, by_gradient)
     named = str(candidate) if isinstance(candidate, Path) else [float(gene) for gene in candidate]
     settings = {"model": named, "passes": passes, "seed": problem.seed, "by_gradient": by_gradient}
-    made = kept.get(role, settings)
+    made = kept.get(role, settings, model.layout.dims)
     if made is None:
         steps = sum(steps * count for steps, count in tuning.schedule(passes, len(parts), by_gradient))
         each = max(part.passes(1 if by_gradient else 2 * tuning.pairs) for part in parts)

@@ -18,7 +18,8 @@ from evojax_merge.errors import InputError, name_in_messages, without_secrets
 from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.system.data_packages import cache_folder
 from evojax_merge.system.file_system import atomic_file, make_folder
-from evojax_merge.system.regular_file import check_no_pointer, open_regular
+from evojax_merge.system.regular_file import check_no_pointer, open_regular, read_regular
+from evojax_merge.tasks.records import MAX_BYTES
 
 OXEN = "oxen:"
 OXEN_FORM = "oxen:REPOSITORY@COMMIT:FILE"
@@ -26,6 +27,9 @@ OXEN_FORM = "oxen:REPOSITORY@COMMIT:FILE"
 COMMIT, SHORTEST_ID = re.compile("[0-9a-f]{32}"), 6
 # The end of the name of a file in which DVC records another one, and of a hash that is one of a folder.
 DVC_SUFFIX, FOLDER_SUFFIX = ".dvc", ".dir"
+
+# The most bytes of a list that DVC keeps of a folder.
+MAX_LIST = 2**26
 
 # The references, with full paths and commits, of files that were restored into the cache.
 _references: dict[Path, str] = {}
@@ -130,11 +134,12 @@ def check_data_file(where: str, file: Path) -> None:
     if expected is None:
         return
     with open_regular(file, "a data file") as handle:
-        plain = hashlib.file_digest(handle, "md5").hexdigest()
-        handle.seek(0)
-        # Versions of DVC before 3 recorded the MD5 of the text with line feeds alone.
-        unix = hashlib.md5(handle.read().replace(b"\r\n", b"\n")).hexdigest()
-    if expected not in (plain, unix):
+        digests = [hashlib.file_digest(handle, "md5").hexdigest()]
+        if handle.tell() <= MAX_BYTES:
+            handle.seek(0)
+            # Versions of DVC before 3 recorded the MD5 of the text with line feeds alone.
+            digests.append(hashlib.md5(handle.read().replace(b"\r\n", b"\n")).hexdigest())
+    if expected not in digests:
         raise InputError(
             where,
             f"{file} is not the file that {record} records (md5 {expected}); run `dvc checkout {record}` for that one, "
@@ -161,7 +166,8 @@ def _recorded_md5(record: Path, file: Path) -> str | None:
     name = PurePosixPath(md5[:2]) / md5[2:]
     lists = [root / ".dvc" / "cache" / place / name for place in ("files/md5", "")]
     try:
-        entries = json.loads(next(path for path in lists if path.is_file()).read_bytes())
+        listed_files = read_regular(next(path for path in lists if path.is_file()), "DVC's list of a folder", MAX_LIST)
+        entries = json.loads(listed_files)
         inside = file.relative_to(tracked).as_posix()
         return next((str(entry["md5"]) for entry in entries if entry["relpath"] == inside), None)
     except (StopIteration, OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, library_errors
 from evojax_merge.system.data_packages import cached_wheel, hub_failure
 from evojax_merge.system.regular_file import check_regular
 
@@ -381,7 +381,7 @@ def read_symbolic(language: str) -> Source:
     """
     path = cached_wheel(SYMBOLIC_WHEEL, "--python-version", SYMBOLIC_PYTHON)
     records = []
-    with zipfile.ZipFile(path) as wheel:
+    with library_errors(path, "is not the wheel that was fetched; remove it"), zipfile.ZipFile(path) as wheel:
         files = [name.split("/") for name in wheel.namelist() if name.startswith(SYMBOLIC_FOLDER)]
         ignored = {parts[-2] for parts in files if parts[-1] == "ignore"}
         languages = {parts[-3] for parts in files if parts[-2] == "symbolic"} - ignored

@@ -121,6 +121,22 @@ def into_another_run(world: World, part: str) -> None:
     without(part, link(f"../other/{part}"))(run)
 
 
+@changing
+def into_a_stage(world: World, name: str, to: str) -> None:
+    """A run with a stage that no search of its config has, and a link in it."""
+    run, other = put_run(world), put_run(world, "other")
+    if "/checkpoints" in name:
+        (run / "stages").mkdir(exist_ok=True)
+        shutil.copytree(other, run / "stages/stage-1")
+        shutil.rmtree(run / name)
+    link(to)(run / name)
+
+
+def to_thesis(path: Path) -> None:
+    """A link to a file beside the run."""
+    path.symlink_to(next(folder for folder in path.parents if folder.name == "run").with_name("thesis"))
+
+
 CHAIN: dict[str, Any] = {
     "stages": [
         {
@@ -259,6 +275,21 @@ CASES: list[Case] = [
     goes_on("a file with a checkpoint's name", a_run(at("checkpoints/4")), "holds '4'", NOT_OURS),
     goes_on("a pipe for a history", a_run(without("history.jsonl", pipe)), "history.jsonl", "no regular file"),
     goes_on("a socket for a result", a_run(without("result.json", bind)), "result.json", "no regular file"),
+    *(
+        goes_on(f"a link to a thesis for {name}", a_run(at("../thesis"), without(name, to_thesis)),
+                f"run/{name}: is a link")
+        for name in ("environment.json", "timing.jsonl", "history.backup.jsonl", "heldout_answers.jsonl", "result.json",
+                     "controls.safetensors", "best/recipe.yaml", "best/params.safetensors")
+    ),
+    goes_on("a link to another model for the winner", a_run(moved("best/model")), "best/model: is a link"),
+    goes_on("a link to a folder for a front", a_run(at("best/front", link("../../one"))), "front: is a link"),
+    goes_on("a link to another run for a stage", into_a_stage("stages/stage-1", "../../other"), "stage-1: is a link"),
+    goes_on("checkpoints of another run in a stage",
+            into_a_stage("stages/stage-1/checkpoints", "../../../other/checkpoints"), "leads into another run"),
+    goes_on("the run's own checkpoints in a stage", into_a_stage("stages/stage-1/checkpoints", "../../checkpoints"),
+            "leads to the same folder"),
+    goes_on("stages that are the run", a_run(at("stages/stage-1", link("..")), at("stages/stage-2", link(".."))),
+            "stage-1: is a link"),
     goes_on("a pipe for a page", a_run(without("report.html", pipe)), "report.html", "no regular file"),
     goes_on("a link to nowhere for a result", a_run(without("result.json", link("nowhere"))), "leads nowhere"),
     overwrites("a pipe for a recipe", a_run(without("best/recipe.yaml", pipe)), "recipe.yaml", "no regular file"),

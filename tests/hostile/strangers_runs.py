@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from evojax_merge.search.checkpoints import _digest
+from evojax_merge.search.checkpoints import digest_of
 from evojax_merge.search.run_parts import CHECKPOINT_MARK
 from hostile import SEARCH, Case, World, changing, edited, instead
 from hostile.runs import put_run
@@ -121,7 +121,7 @@ def saved_as(run: Path, /, **changes: Any) -> None:
         loaded = {name: np.asarray(leaf) for name, leaf in ocp.load(step).items() if name != "digest"}
         arrays = {name: array for name, array in (loaded | changes).items() if array is not ...}
         shutil.rmtree(step)
-        ocp.save(step, arrays | {"digest": _digest(arrays)}, custom_metadata=CHECKPOINT_MARK)
+        ocp.save(step, arrays | {"digest": digest_of(arrays)}, custom_metadata=CHECKPOINT_MARK)
     (run / "result.json").unlink()
 
 
@@ -244,6 +244,11 @@ CASES: list[Case] = [
     noted("a look at the validation split that is a text", line(0, validation={"best_so_far": "1"}), "history.jsonl",
           "validation.best_so_far"),
     noted("a metric of lists", line(0, sigma=[[[1]]]), "history.jsonl", "sigma"),
+    *(
+        noted(f"a metric of {str(value)[:5]}", line(0, sigma=value), "history.jsonl", "sigma")
+        for value in (10**400, -(10**400), NAN, INFINITY, 1e308)
+    ),
+    read("a metric of 400 digits, on the page", line(0, sigma=10**400), command=REPORT),
     read("a history of nothing but failures", line(2, fitness=[None] * 4), command=REPORT),
     read("generations that go back, on the page", line(2, generation=1), command=REPORT),
     noted("a line without an end", sparse("history.jsonl", 2**27), "history.jsonl"),
@@ -273,6 +278,11 @@ CASES: list[Case] = [
     noted("versions of versions", write("environment.json", '{"sessions": [{"versions": {"a": {"b": 1}}}]}'),
           "environment.json", "sessions.0.versions"),
     refused("an environment of 10 GB", sparse("environment.json"), REPORT, "run/environment.json"),
+    *(
+        read(f"a session of {value} seconds, by {command[0]}",
+             write("environment.json", f'{{"sessions": [{{"seconds": {value}}}]}}'), command=command)
+        for value in ("Infinity", "NaN", "-Infinity", "1" + "0" * 400) for command in (COMPARE, REPORT)
+    ),
     # config.yaml
     *(
         noted(f"a config whose {key} is {value!r}", config(**{key: value}), "config.yaml", key)
