@@ -112,7 +112,7 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # Some damaged tokenizers load all the same, and fail only in use.
         tokenizer("")
-        largest = max(tokenizer.get_vocab().values(), default=0)
+        numbers = tokenizer.get_vocab()
         parts = [
             getattr(getattr(tokenizer, "backend_tokenizer", None), name, None) for name in ("normalizer", "decoder")
         ]
@@ -120,8 +120,9 @@ def load_tokenizer(folder: Path) -> Any:
     if growth > MOST_GROWTH:
         what = f"its tokenizer may make a text {growth:.3g} times as long; expected at most {MOST_GROWTH} times"
         raise InputError(folder, what)
-    if largest >= MOST_ROWS:
-        what = f"its tokenizer has a token of number {largest:,}; expected numbers below {MOST_ROWS:,}"
+    last = max(numbers, key=numbers.__getitem__, default="")
+    if numbers.get(last, 0) >= MOST_ROWS:
+        what = f"its tokenizer gives {shown(last)} the number {numbers[last]:,}; expected less than {MOST_ROWS:,}"
         raise InputError(folder, what)
     return tokenizer
 

@@ -210,7 +210,29 @@ TRANSPLANTED = [
 
 I64 = 11
 TO_GGUF = ("merge", "recipe.yaml", "out.gguf")
+
+
+@changing
+def written(world: World, edit: Callable[[bytes], bytes] = lambda content: content) -> tuple[str, ...]:
+    """A GGUF file of ours where the output will be, and what another program has made of it."""
+    from helpers.commands import run_here
+
+    file()(world)
+    run_here("merge", world / "recipe.yaml", world / "out.gguf")
+    (world / "out.gguf").write_bytes(edit((world / "out.gguf").read_bytes()))
+    return (*TO_GGUF, "--overwrite")
+
+
+def requantised(content: bytes) -> bytes:
+    """The file as llama-quantize marks it: Q4_K_M."""
+    before, key, behind = content.partition(b"general.file_type")
+    return before + key + behind[:4] + struct.pack("<I", 15) + behind[8:]
+
+
 GGUF = [
+    Case("gguf out: over a file of ours", written(), status=0, rewrites=("out.gguf",)),
+    Case("gguf out: over a file of ours that another program has quantised", written(requantised),
+         ("out.gguf: exists, and is no GGUF file of evojax-merge",)),
     *(Case(f"gguf out: a key that is {what}", file(lambda gguf, value=value: gguf.metadata.append(("x.y", value))),
            command=TO_GGUF, status=0, leaves=("out.gguf",)) for what, value in {
         "a list of large numbers": listed(U64, 2, struct.pack("<2Q", 2**40, 2**63)),
