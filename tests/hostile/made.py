@@ -134,6 +134,10 @@ ATTENTION = "base_model.model.model.layers.0.self_attn.q_proj"
 FACTORS = {f"{ATTENTION}.lora_A.weight": (4, 48), f"{ATTENTION}.lora_B.weight": (48, 4)}
 MERGE = ("merge", "recipe.yaml", "out")
 EXPORTS = [
+    Case("tokenizer_source: an embedding without an axis, of another architecture", together(
+        edited(lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][0, 0].clone()}), "two/model.safetensors"),
+        lambda world: world.edit("recipe.yaml", tokenizer_source="base")),
+        ("/two: ", EMBEDDING), (*MERGE, "--allow-crimes")),
     *(Case(f"export: a recipe that is {what}", lambda world, make=make: (finished_run(world), make(world), (
         "export", "run", "out"))[2], ("run/best/recipe.yaml: ", says)) for what, make, says in (
             ("a pipe", pipe("run/best/recipe.yaml"), "a pipe"),

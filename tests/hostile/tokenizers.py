@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hostile import MERGE, SEARCH, Case, World, changing, config, instead, recipe
+from hostile import MERGE, SEARCH, Case, World, changing, config, everywhere, instead, recipe
 
 MODELS = ("base", "one", "two")
 EVALUATE = ("evaluate", "base", "--tasks", "config.yaml")
@@ -222,6 +222,7 @@ def united(world: World) -> None:
 
 
 TOKENS = [
+    Case("a key of the config that its class cannot set", everywhere(use_return_dict=True), NOT_LOADED, EVALUATE),
     Case("a number of 4,000,000,000, united", united(), ("/two: ", "'w5'", "4,000,000,000"), MERGE),
     Case("tokens beyond the embedding", tokenizer(beyond), ("tasks.jsonl:1: ", "embedding 64 rows")),
     Case("tokens beyond the embedding, evaluated", tokenizer(beyond), ("tasks.jsonl:1: ", "64 rows"), EVALUATE),
