@@ -305,8 +305,6 @@ def run_script(script: Path, *arguments: object, **options: Any) -> subprocess.C
 def serve() -> None:
     """Answer requests, one JSON line each, until standard input ends. One with a number of seconds is a command that is
     waited for, one without is started, and `poll` asks for the status of one that was."""
-    # As in every command, from before the first import of transformers.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     # What every child needs, what transformers imports when it is first asked for it, and what a search imports late.
     import altair  # noqa: F401
     import huggingface_hub.serialization  # noqa: F401
