@@ -66,7 +66,8 @@ with_shard_size = click.option(
 def _start_jax() -> None:
     """Import JAX, which keeps compiled programs from now on."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # What transformers logs as an error it raises as well.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     check_environment()
     from evojax_merge.evaluation.compilations import keep_compiled_programs
 

@@ -96,7 +96,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 def trained_positions(settings: Mapping[str, Any]) -> int:
     """The number of positions that a decoder's settings name; NO_WINDOW where they name none, or what no architecture
     takes: some do not read the key."""
-    value = settings.get("max_position_embeddings")
+    value: Any = settings.get("max_position_embeddings")
     return value if CONTEXT.accepts(value) else NO_WINDOW
 
 

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -30,6 +31,8 @@ BESIDE_TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "chat_templa
 TOKENIZER_BYTES = 512 * 2**20
 # Tokenizers take memory for every number below their largest, whether or not a token has it.
 MOST_ROWS = 10_000_000
+# Replacements one after the other multiply: forty of a letter by two make a terabyte of a letter.
+MOST_GROWTH = 1000
 
 
 # How a model is named: by its number among the merged models, or by its reference in a recipe.
@@ -109,11 +112,29 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # Some damaged tokenizers load all the same, and fail only in use.
         tokenizer("")
-        largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= MOST_ROWS:
-        what = f"its tokenizer has a token of number {largest:,}; expected numbers below {MOST_ROWS:,}"
+        numbers = tokenizer.get_vocab()
+        parts = [
+            getattr(getattr(tokenizer, "backend_tokenizer", None), name, None) for name in ("normalizer", "decoder")
+        ]
+        growth = max((_growth(json.loads(part.__getstate__())) for part in parts if part is not None), default=1.0)
+    if growth > MOST_GROWTH:
+        what = f"its tokenizer may make a text {growth:.3g} times as long; expected at most {MOST_GROWTH} times"
+        raise InputError(folder, what)
+    last = max(numbers, key=numbers.__getitem__, default="")
+    if numbers.get(last, 0) >= MOST_ROWS:
+        what = f"its tokenizer gives {shown(last)} the number {numbers[last]:,}; expected less than {MOST_ROWS:,}"
         raise InputError(folder, what)
     return tokenizer
+
+
+def _growth(part: Mapping[str, Any]) -> float:
+    """How many times as long a normalizer or a decoder, as tokenizer.json has them, may make a text."""
+    if part["type"] == "Sequence":
+        return prod(map(_growth, part.get("normalizers") or part.get("decoders") or []))
+    if part["type"] != "Replace":
+        return 1.0
+    # An expression may match a single letter, or none.
+    return max(1.0, len(part["content"]) / max(1, len(part["pattern"].get("String", ""))))
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -112,7 +112,8 @@ def open_models(
     if choice is not None:
         embedding = sources.token_tensors.embedding
         for folder in folders:
-            if embedding not in folder.entries:
+            entry = folder.entries.get(embedding)
+            if entry is None or not entry.shape:
                 raise InputError(
                     folder.path,
                     f"has no tensor {embedding}; tokenizer: aligns the rows of an embedding, which was not found here "

@@ -134,6 +134,10 @@ ATTENTION = "base_model.model.model.layers.0.self_attn.q_proj"
 FACTORS = {f"{ATTENTION}.lora_A.weight": (4, 48), f"{ATTENTION}.lora_B.weight": (48, 4)}
 MERGE = ("merge", "recipe.yaml", "out")
 EXPORTS = [
+    Case("tokenizer_source: an embedding without an axis, of another architecture", together(
+        edited(lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][0, 0].clone()}), "two/model.safetensors"),
+        lambda world: world.edit("recipe.yaml", tokenizer_source="base")),
+        ("/two: ", EMBEDDING), (*MERGE, "--allow-crimes")),
     *(Case(f"export: a recipe that is {what}", lambda world, make=make: (finished_run(world), make(world), (
         "export", "run", "out"))[2], ("run/best/recipe.yaml: ", says)) for what, make, says in (
             ("a pipe", pipe("run/best/recipe.yaml"), "a pipe"),
@@ -210,7 +214,29 @@ TRANSPLANTED = [
 
 I64 = 11
 TO_GGUF = ("merge", "recipe.yaml", "out.gguf")
+
+
+@changing
+def written(world: World, edit: Callable[[bytes], bytes] = lambda content: content) -> tuple[str, ...]:
+    """A GGUF file of ours where the output will be, and what another program has made of it."""
+    from helpers.commands import run_here
+
+    file()(world)
+    run_here("merge", world / "recipe.yaml", world / "out.gguf")
+    (world / "out.gguf").write_bytes(edit((world / "out.gguf").read_bytes()))
+    return (*TO_GGUF, "--overwrite")
+
+
+def requantised(content: bytes) -> bytes:
+    """The file as llama-quantize marks it: Q4_K_M."""
+    before, key, behind = content.partition(b"general.file_type")
+    return before + key + behind[:4] + struct.pack("<I", 15) + behind[8:]
+
+
 GGUF = [
+    Case("gguf out: over a file of ours", written(), status=0, rewrites=("out.gguf",)),
+    Case("gguf out: over a file of ours that another program has quantised", written(requantised),
+         ("out.gguf: exists, and is no GGUF file of evojax-merge",)),
     *(Case(f"gguf out: a key that is {what}", file(lambda gguf, value=value: gguf.metadata.append(("x.y", value))),
            command=TO_GGUF, status=0, leaves=("out.gguf",)) for what, value in {
         "a list of large numbers": listed(U64, 2, struct.pack("<2Q", 2**40, 2**63)),

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hostile import MERGE, SEARCH, Case, World, changing, config, instead, recipe
+from hostile import MERGE, SEARCH, Case, World, changing, config, everywhere, instead, recipe
 
 MODELS = ("base", "one", "two")
 EVALUATE = ("evaluate", "base", "--tasks", "config.yaml")
@@ -200,7 +200,30 @@ FILES = [
     Case("no token for unknown words, evaluated", tokenizer(without_unknown), ("its tokenizer fails on",), EVALUATE),
 ]  # fmt: skip
 
+DOUBLED = {"type": "Replace", "pattern": {"String": "w"}, "content": "ww"}
+FORTY = {
+    "normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 40},
+    "decoder": {"type": "Sequence", "decoders": [DOUBLED | {"pattern": {"Regex": "w"}}] * 40},
+}
+GROWING = [
+    Case(f"a {part} that doubles forty times{what}", tokenizer(lambda document, part=part: document.update(
+        {part: FORTY[part]})), ("its tokenizer may make a text 1.1e+12 times as long",), command)
+    for part in FORTY for what, command in (("", SEARCH), (", evaluated", EVALUATE))
+]  # fmt: skip
+
+
+@changing
+def united(world: World) -> None:
+    """The recipe of a union of tokens, of which one of `two` has a number that no row has."""
+    document = json.loads((world / "two/tokenizer.json").read_text())
+    document["model"]["vocab"]["w5"] = 4 * 10**9
+    world.write("two/tokenizer.json", json.dumps(document))
+    world.edit("recipe.yaml", tokenizer_source="union")
+
+
 TOKENS = [
+    Case("a key of the config that its class cannot set", everywhere(use_return_dict=True), NOT_LOADED, EVALUATE),
+    Case("a number of 4,000,000,000, united", united(), ("/two: ", "'w5'", "4,000,000,000"), MERGE),
     Case("tokens beyond the embedding", tokenizer(beyond), ("tasks.jsonl:1: ", "embedding 64 rows")),
     Case("tokens beyond the embedding, evaluated", tokenizer(beyond), ("tasks.jsonl:1: ", "64 rows"), EVALUATE),
     Case("a number of 2^32 - 1", tokenizer(lambda document: document["model"]["vocab"].update(w5=2**32 - 1)), ("w5",)),
@@ -209,4 +232,4 @@ TOKENS = [
     Case("a name with colours", tokenizer(added(1, "a\n\x1b[31m\0b")), (r"'a\n\x1b[31m\x00b'",), EVALUATE, 0),
     Case("unknown words", unknown_words, ("100% of", "'<unk>'", "tasks.jsonl:1"), EVALUATE, 0),
 ]  # fmt: skip
-CASES = CUSTOM_CODE + TEMPLATES + FILES + TOKENS
+CASES = CUSTOM_CODE + TEMPLATES + FILES + GROWING + TOKENS
