@@ -17,6 +17,7 @@ from evojax_merge.system import interrupts
 from evojax_merge.system.imports import importing
 from evojax_merge.system.interrupts import INTERRUPTED
 from evojax_merge.system.jax_environment import check_environment, no_devices
+from evojax_merge.system.users_traceback import hide_inner_frames
 
 # The bound is config.MAX_SEED, repeated here: the imports of config are too heavy for --help.
 SEED = click.IntRange(min=0, max=2**63 - 1)
@@ -177,6 +178,13 @@ def _run(command: Callable[[], Any]) -> int:
     except BrokenPipeError:
         print("error: standard output was closed", file=sys.stderr)
         return FAILED
+    except PermissionError as error:
+        # A user's own function has its traceback.
+        if error.filename is None or hide_inner_frames(error):
+            raise
+        what = f"{os.fsdecode(error.filename)}: may not be read, or written, by you ({error.strerror})"
+        print(f"error: {printable(what)}", file=sys.stderr)
+        return WRONG_INPUT
     except MemoryError as error:
         what = "this process may take no more memory" + (f" ({error})" if str(error) else "")
         print(f"error: {what}; what was saved is whole, and a search goes on with --resume", file=sys.stderr)

@@ -40,6 +40,7 @@ from evojax_merge.report.intervals import Lead
 from evojax_merge.search.loop import Reporter, Storage
 from evojax_merge.search.run_folder import RunFolder
 from evojax_merge.steps import controls
+from evojax_merge.steps.loading import silent_phase
 from evojax_merge.steps.low_rank import Tuning, TuningData, _estimate, train
 from evojax_merge.steps.selection import open_evaluators, select_best
 
@@ -261,6 +262,20 @@ def test_controls_that_no_search_has_kept_are_made_again(change: Callable[[RunFo
     assert again is not None and np.array_equal(again[0], vector) and again[1] == FACTS | {"settings": SETTINGS}
     change(folder)
     assert controls.KeptControls.read(folder).get("lora_base", SETTINGS, 5) is None
+
+
+def test_all_processes_take_the_random_control_that_the_first_one_has_kept(
+    sums: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that reads no file draws no candidates, which the first one would not score."""
+    problem = opened(sums, "random")
+    kept = np.full(problem.space.dims, 0.25, np.float32)
+    monkeypatch.setattr(controls, "exchange", lambda document, what: [{"genome": kept.tolist()}, document])
+    monkeypatch.setattr(controls, "evolve", None)
+    (control,) = controls.make_controls(
+        problem, open_evaluators(problem, problem.prepare()), SimpleNamespace(generations=2), silent_phase, None
+    )  # fmt: skip
+    assert control.genome is not None and control.genome.dtype == np.float32 and np.array_equal(control.genome, kept)
 
 
 def test_random_candidates_stand_beside_what_auto_chose(sums: Family) -> None:

@@ -3,6 +3,7 @@ the hub at a revision."""
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -201,6 +202,17 @@ def test_a_list_of_files_outside_of_dvcs_cache_is_not_read(tracked: Path, place:
         (tracked / ".dvc/cache/files/md5" / md5[:2]).mkdir(parents=True, exist_ok=True)
         write_json(outside, [{"md5": FIRST, "relpath": "b.jsonl"}])
     assert resolve_file("file", "folder/b.jsonl", tracked) == tracked / "folder/b.jsonl"
+
+
+def test_what_is_larger_than_any_task_is_not_hashed(tracked: Path) -> None:
+    """Files of zeros, none of which is on the disk."""
+    os.truncate(tracked / "a.jsonl", 2**40)
+    with pytest.raises(InputError, match=r"a\.jsonl: has .* bytes; expected a task file of at most"):
+        read_source(resolve_file("file", "a.jsonl", tracked))
+    (listed,) = (tracked / ".dvc/cache").rglob("*.dir")
+    os.truncate(listed, 2**40)
+    with pytest.raises(InputError, match="expected DVC's list of a folder of at most"):
+        resolve_file("file", "folder/b.jsonl", tracked)
 
 
 def test_a_file_that_dvc_has_not_fetched_names_the_command(tracked: Path) -> None:

@@ -156,7 +156,7 @@ def run_files(run: Path) -> dict[str, Any]:
     names = ("history.jsonl", "best/model/model.safetensors", "best/recipe.yaml", "result.json")
     files: dict[str, Any] = {name: (run / name).read_bytes() for name in names}
     if (run / "best/adapter").exists():
-        files |= {file.name: file.read_bytes() for file in (run / "best/adapter").iterdir()}
+        files["adapter"] = (run / "best/adapter/adapter_model.safetensors").read_bytes()
     if (run / "votes.jsonl").exists():
         rows = read_lines(run / "votes.jsonl")
         files["votes"] = [row | {"vote": row["vote"] | {"time": ""}} if "vote" in row else row for row in rows]

@@ -55,6 +55,13 @@ def test_a_damaged_file_is_as_good_as_missing(damage: str, tmp_path: Path) -> No
     assert damage.startswith("a ") or read_kept(file, 2**20) == CONTENT
 
 
+def test_a_link_makes_way_for_what_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("mine")
+    (tmp_path / "kept").symlink_to("thesis")
+    keep(tmp_path / "kept", CONTENT)
+    assert read_kept(tmp_path / "kept", 2**20) == CONTENT and (tmp_path / "thesis").read_text() == "mine"
+
+
 def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("mine")
     keep(tmp_path / "cache" / "kept", CONTENT)

@@ -3,6 +3,7 @@
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from helpers.families import Family
 from rich.progress import Progress
 
 import evojax_merge as em
+from evojax_merge.cli_parts import run
 from evojax_merge.errors import escaped_lines, nearest, print_warning, printable
 from evojax_merge.report.comparison import Row
 from evojax_merge.report.front_matter import changed_front_matter
@@ -139,3 +141,15 @@ def test_a_card_is_escaped_where_it_is_written(tmp_path: Path, family: Family) -
     out = em.merge(recipe, tmp_path / "a\u202eb")
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "\u202e" not in card and "a\\u202eb" in card
+
+
+def test_a_file_that_the_user_may_not_read_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A user's own function, unlike this program's, has its traceback."""
+    code, namespace = "def denied():\n    os.unlink('/proc/version')\n", dict[str, Any]()
+    exec(compile(f"import os\n{code}", str(Path(em.__file__).with_name("module.py")), "exec"), namespace)
+    assert run(namespace["denied"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: /proc/version: may not be read, or written, by you (") and line.count("\n") == 1
+    exec(f"import os\n{code}", namespace)
+    with pytest.raises(PermissionError):
+        run(namespace["denied"])

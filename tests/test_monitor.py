@@ -78,6 +78,16 @@ def test_files_of_others_stay_and_errors_are_json(family: Family, tmp_path: Path
     assert thesis.read_text() == "years of work" and not (tmp_path / "run").exists()
     done = run_here("search", config, "--out", thesis, "--json", status=2)
     assert json.loads(done.stdout) == {"error": f"{thesis}: is a file; expected a run folder"}
+    done = run_here("search", tmp_path / "no.yaml", "--json", status=2)
+    assert json.loads(done.stdout) == {"error": f"{tmp_path}/no.yaml: no such file"}
+
+
+@pytest.mark.parametrize("option", ["--heartbeat", "--metrics"])
+@pytest.mark.parametrize("name", ["lock", "history.csv", "controls.safetensors", "votes.jsonl"])
+def test_watchers_are_no_files_of_the_run(option: str, name: str, family: Family, tmp_path: Path) -> None:
+    config = write_config(family.root, tasks=[CHOICE], search={"population": 4, "generations": 2})
+    line = refusal("search", config, "--out", tmp_path, option, tmp_path / name)
+    assert f"{option}: is the file of the run's {name} as well" in line
 
 
 @pytest.mark.parametrize("command", ["search", "metrics"])

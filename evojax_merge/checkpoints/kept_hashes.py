@@ -9,16 +9,15 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.errors import Failed, InputError
+from evojax_merge.errors import InputError
 from evojax_merge.system.data_packages import cache_folder
-from evojax_merge.system.file_system import atomic_write
+from evojax_merge.system.kept_files import write_plain
 from evojax_merge.system.regular_file import read_regular
 
 # Bytes of a file from which on its hash is kept; the most hashes, the latest ones, and the bytes of the file of them.
@@ -45,9 +44,7 @@ def file_hashes(paths: Sequence[Path]) -> dict[str, str]:
         hashes = dict(zip(map(str, paths), pool.map(hashed, paths), strict=True))
     if fresh:
         latest = list((_read() | fresh).items())[-MAX_HASHES:]
-        with suppress(OSError, Failed, InputError):
-            _file().parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(_file(), json.dumps(dict(latest), indent=0) + "\n")
+        write_plain(_file(), f"{json.dumps(dict(latest), indent=0)}\n".encode())
     return hashes
 
 

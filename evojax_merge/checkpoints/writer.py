@@ -151,7 +151,7 @@ def own_names(folder: Path) -> Mapping[str, str | None]:
     try:
         files = json.loads(read_regular(folder / MARKER, "a list of files", MOST_READ))["files"]
         return {name: str(files[name]) for name in files} | {MARKER: None}
-    except (OSError, InputError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, InputError, ValueError, LookupError, TypeError, RecursionError):
         pass
     try:
         text = read_regular(folder / CARD, "a model card", MOST_READ).decode()

@@ -30,6 +30,8 @@ def runs(root: Path) -> None:
             run = read_run(path) if is_search else None
         except InputError as error:
             print_warning(str(error))
+        except PermissionError as error:
+            print_warning(f"{error.filename}: may not be read by you ({error.strerror})")
         # A run's own folders are those of its stages.
         if is_search or len(path.relative_to(root).parts) >= DEPTH:
             names.clear()

@@ -14,11 +14,11 @@ from typing import Annotated, Literal
 import jax
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from evojax_merge.errors import Failed, InputError
+from evojax_merge.errors import InputError
 from evojax_merge.evaluation.programs import DECODE
 from evojax_merge.evaluation.targets import processor_name
 from evojax_merge.system.data_packages import cache_folder
-from evojax_merge.system.file_system import atomic_write
+from evojax_merge.system.kept_files import write_plain
 from evojax_merge.system.regular_file import read_regular
 
 # Scoring rows in one forward pass, writing text token by token, and differentiating the score.
@@ -114,11 +114,7 @@ def read_timings() -> list[Timing]:
 def record_timings(timings: Sequence[Timing]) -> None:
     """Add timings to the file. A file that cannot be written is left as it is: plans then estimate without."""
     kept = [*_read(), *timings][-MAX_TIMINGS:]
-    try:
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(_file(), json.dumps([each.model_dump() for each in kept], indent=1) + "\n")
-    except (OSError, Failed, InputError):
-        return
+    write_plain(_file(), f"{json.dumps([each.model_dump() for each in kept], indent=1)}\n".encode())
 
 
 def _read() -> list[Timing]:

@@ -33,6 +33,8 @@ TOOLTIPS = {
 FITNESS_HEIGHT, LABEL_HEIGHT = 340, 15
 # The points of a curve in small charts.
 MOST_POINTS = 250
+# The charts of one kind that a page shows.
+MOST_CHARTS = 12
 # The members of a pool that are drawn.
 MOST_MEMBERS = 1500
 
@@ -257,7 +259,7 @@ def task_charts(run: RunData) -> list[Spec]:
     rows = run.fitness_rows
     numbers = [g.number for g in rows]
     charts = []
-    for score in dict.fromkeys(name for g in rows for name in g.row.scores_of_best):
+    for score in list(dict.fromkeys(name for g in rows for name in g.row.scores_of_best))[:MOST_CHARTS]:
         task = score.rpartition("/")[0]
         means = []
         for g in rows:
@@ -273,8 +275,9 @@ def task_charts(run: RunData) -> list[Spec]:
 def metric_charts(run: RunData) -> list[Spec]:
     """The strategy's metrics, and failed candidates where there are any."""
     numbers = [g.number for g in run.generations]
-    names = dict.fromkeys(name for g in run.generations for name in g.metrics)
-    series = {name: [g.metrics.get(name) for g in run.generations] for name in names}
+    metrics = [g.metrics for g in run.generations]
+    names = list(dict.fromkeys(name for each in metrics for name in each))[:MOST_CHARTS]
+    series = {name: [each.get(name) for each in metrics] for name in names}
     if any(g.row.failed for g in run.generations):
         series["failed candidates"] = [g.row.failed for g in run.generations]
     return [curve_chart(numbers, {name: values}, name.replace("_", " ")) for name, values in series.items()]

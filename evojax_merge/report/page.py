@@ -56,8 +56,6 @@ INTERVAL, TIMES = 10.0, 50.0
 # Seconds between two looks of a browser at a page that is still written.
 REFRESH = 10
 TEMPLATES = Path(__file__).parent / "templates"
-# The charts of one kind that a page shows.
-MOST_CHARTS = 12
 # The largest contact sheet that a page holds, and its first bytes.
 MOST_PICTURE_BYTES, PNG = 8 * 2**20, b"\x89PNG"
 # The largest script of the charts' libraries.
@@ -95,7 +93,7 @@ def _run_page(run: RunData, refresh: bool, made: Any, publication: Publication |
     if any(generation.median is not None for generation in run.fitness_rows):
         charts["fitness"] = made.fitness_chart(run)
     tasks, metrics = (
-        {f"{name}-{number}": chart for number, chart in enumerate(drawn[:MOST_CHARTS])}
+        {f"{name}-{number}": chart for number, chart in enumerate(drawn)}
         for name, drawn in (("task", made.task_charts(run)), ("metric", made.metric_charts(run)))
     )
     charts |= tasks | metrics

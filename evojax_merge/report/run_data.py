@@ -7,6 +7,7 @@ does not count, and every file but config.yaml may be missing.
 import math
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ class HistoryRow(HistoryLine):
 class Result(StoredResult):
     """result.json."""
 
-    @property
+    @cached_property
     def is_judged(self) -> bool:
         """Whether the scores of a task are judges' votes."""
         return any(name.endswith(f"/{METRIC}") for row in self.table for name in row.heldout_scores)

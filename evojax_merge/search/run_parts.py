@@ -270,7 +270,7 @@ def check_parts(folder: RunFolder, places: dict[Path, Path] | None = None) -> No
         regular_file(file)
     # These three are replaced only where this program wrote them.
     checked = (folder.page, folder.log, folder.table)
-    stages = (path for path in entries(folder.stages) if _STAGE.fullmatch(path.name))
+    stages = (path for path in sorted(entries(folder.stages)) if _STAGE.fullmatch(path.name))
     for path in (*folder.files, folder.model, folder.adapter, folder.front, *stages):
         if path.is_symlink() and path not in checked:
             what = "is a link, and what it leads to would be replaced; put the file or folder itself in its place"

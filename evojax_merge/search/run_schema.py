@@ -7,6 +7,7 @@ with a value that no search writes cannot be read, as one that is damaged.
 import json
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -32,8 +33,9 @@ MISSING: dict[str, Any] = {
 # The key of config.yaml for the labels of the groups of tensors of models that are no language models, in the genome's
 # order: the names of searched parameters need no other file.
 GROUPS = "groups"
-# The most layers of a model, and members that a winner descends from.
-MAX_LAYERS, MAX_MEMBERS = 100_000, 100_000
+# The most layers of a model, members that a winner descends from, and models of the held-out table: a search has at
+# most a thousand parents.
+MAX_LAYERS, MAX_MEMBERS, MAX_ROWS = 100_000, 100_000, 2_000
 
 
 def _bounded(value: float) -> float:
@@ -219,7 +221,7 @@ class StoredResult(Stored):
     """result.json, the document of a finished run."""
 
     generations: Count = 0
-    table: Annotated[list[Scored], Field(max_length=MAX_MEMBERS)] = []
+    table: Annotated[list[Scored], Field(max_length=MAX_ROWS)] = []
     better_than: dict[str, Rival] = {}
     worse_on: list[Loss] = []
     # Of an earlier version's run these are empty.
@@ -259,7 +261,7 @@ class StoredResult(Stored):
                 raise ValueError(f"parameters.{name[:80]}: not a row of one length for each of groups")
         return self
 
-    @property
+    @cached_property
     def winner(self) -> Scored | None:
         return next((scored for scored in self.table if scored.role == "winner"), None)
 

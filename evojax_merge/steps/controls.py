@@ -10,6 +10,7 @@ import numpy as np
 
 from evojax_merge.backends.backend import Adaptable, Adapts, Backend
 from evojax_merge.config.search_config import GradientConfig, StopConfig
+from evojax_merge.evaluation.peers import exchange
 from evojax_merge.evaluation.scores import Goal, TaskScores, fitness, score_matrix
 from evojax_merge.problem import SearchProblem, build_strategy
 from evojax_merge.report.comparison import POLISHED, POLISHED_NAME, label_of, model_name
@@ -166,7 +167,9 @@ def _random(
         generations = max(1, round(passes_of(problem, archive.generations) / population))
     settings = {"population": population, "generations": generations, "seed": problem.seed}
     made = kept.get("random", settings, problem.space.dims)
-    if made is None:
+    # The main process alone reads the file: all draw together, or none does.
+    genome = exchange({"genome": None if made is None else made[0].tolist()}, "the random control")[0]["genome"]
+    if genome is None:
         search = search.model_copy(
             update={
                 "strategy": "random", "population": population, "generations": generations, "seeds": [],
@@ -184,9 +187,9 @@ def _random(
         if not len(genomes):
             return Control("random", "", note="No random candidate has finite scores: this control has no row.")
         values = score_matrix(on.deciding.tasks, on.deciding.score(genomes), on.deciding.goal).fitness
-        made = genomes[int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))], {}
-        kept.keep("random", settings, made[0], {})
-    return Control("random", f"best of {population * generations:,} random candidates", made[0])
+        genome = genomes[int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))]
+        kept.keep("random", settings, genome, {})
+    return Control("random", f"best of {population * generations:,} random candidates", np.array(genome, np.float32))
 
 
 def _adapters(

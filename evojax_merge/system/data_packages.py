@@ -13,6 +13,7 @@ from pathlib import Path
 
 from evojax_merge.errors import InputError, first_line, hide
 from evojax_merge.system.file_system import atomic_file, make_folder
+from evojax_merge.system.regular_file import check_regular
 
 
 class PackageUnavailable(InputError):
@@ -79,4 +80,6 @@ def cached_wheel(requirement: str, *options: str) -> Path:
         # Another process may look for the wheel meanwhile.
         with fetched_wheel(requirement, *options) as path, atomic_file(folder / path.name) as work:
             shutil.copyfile(path, work)
-    return min(folder.glob(pattern))
+    wheel = min(folder.glob(pattern))
+    check_regular(wheel, "the wheel that was fetched; remove it")
+    return wheel

@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.system.file_system import atomic_write_bytes, make_folder
+from evojax_merge.system.file_system import atomic_write_bytes, make_folder, remove_link
 from evojax_merge.system.regular_file import read_regular
 
 # The bytes of the first line.
@@ -24,9 +24,15 @@ def read_kept(file: Path, max_bytes: int) -> bytes | None:
 
 def keep(file: Path, content: bytes) -> None:
     """Keep a file, if its folder can be written."""
+    write_plain(file, _head(content) + content)
+
+
+def write_plain(file: Path, content: bytes) -> None:
+    """Keep a file without the first line, for those that people read as well. A link makes way for it."""
     with suppress(OSError, Failed, InputError):
         make_folder(file.parent)
-        atomic_write_bytes(file, _head(content) + content)
+        remove_link(file)
+        atomic_write_bytes(file, content)
 
 
 def _head(content: bytes) -> bytes:

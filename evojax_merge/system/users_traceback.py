@@ -9,7 +9,7 @@ from types import TracebackType
 from evojax_merge.errors import Failed
 
 # Packages whose frames say nothing to the author of a function that they call, beside this one.
-_HIDDEN = ("merge_kernels", "jax", "jaxlib", "click", "contextlib", "concurrent", "threading")
+_HIDDEN = ("merge_kernels", "jax", "jaxlib", "click", "contextlib", "concurrent", "threading", "pathlib", "shutil")
 
 
 class WrongResultError(Failed):
