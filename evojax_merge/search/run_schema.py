@@ -51,8 +51,6 @@ Float32 = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, allow_inf_nan=
 # Python's JSON holds NaN and infinity, which the held-out scores of a model may be.
 Score = Annotated[float, AfterValidator(_bounded)]
 Interval = Annotated[list[Score], Field(min_length=2, max_length=2)]
-# Shown in one piece, unlike the texts of an example.
-Name = Annotated[str, Field(max_length=2**18)]
 # A small JPEG, which a page shows.
 Thumbnail = Annotated[str, Field(max_length=2**16, pattern=r"^data:image/jpeg;base64,[A-Za-z0-9+/=]+$")]
 Scalar = str | Annotated[int, Field(ge=-(10**15), le=10**15)] | Number | bool | None
@@ -62,7 +60,7 @@ Fact = Scalar | list[Scalar] | dict[str, Scalar]
 class Stored(BaseModel):
     """A file, a line, or a part of them. Values have their own types: a text is no number."""
 
-    model_config = ConfigDict(strict=True, str_max_length=2**18)
+    model_config = ConfigDict(strict=True)
 
 
 Kind = TypeVar("Kind", bound=Stored)
@@ -130,12 +128,10 @@ class TimingLine(Stored):
 class AnswerLine(Stored):
     """A line of heldout_answers.jsonl."""
 
-    model_config = ConfigDict(str_max_length=MAX_LINE)
-
-    model: Name
-    task: Name
-    example: Name | int | None = None
-    image: Name | None = None
+    model: str
+    task: str
+    example: str | int | None = None
+    image: str | None = None
     thumbnail: Thumbnail | None = None
     score: Float32 | None = None
     outputs: list[str] | None = None
@@ -274,8 +270,7 @@ class StoredResult(Stored):
 class Environment(Stored):
     """environment.json."""
 
-    # A command is as long as its arguments.
-    model_config = ConfigDict(extra="allow", str_max_length=2**22)
+    model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Fact]
 
     sessions: list[dict[str, Fact]] = []
