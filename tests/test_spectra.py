@@ -1,5 +1,6 @@
 """Merges by spectra of the task matrices: their laws, bad input, and searches from a config to a model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from merge_kernels import METHODS, CombineInputs, combine, prepare
 from merge_kernels.purified import gram_spectrum, orthogonalise, thin_svd
 from reference.spectral import SPECTRAL, spectral
 from safetensors.torch import load_file, save_file
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from evojax_merge.checkpoints import kept_vectors
+from evojax_merge.system.blas import one_blas_thread
 
 SMALL_SHAPES = [(1, 6), (6, 1), (1, 1), (2, 5), (5,), (), (3, 4, 5), (3, 4, 1), (2, 3, 2, 2)]
 BASE = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
@@ -160,6 +163,24 @@ def test_numbers_without_a_meaning_are_refused(
     space = {"method": "tsv_m", "fixed": parameters}
     config = write_yaml(tmp_path / "config.yaml", search_config(family, space=space))
     assert_refused([says], "search", config, "--out", tmp_path / "run")
+
+
+def test_linear_algebra_of_any_thread_runs_on_one() -> None:
+    """A limit that one thread has set does not keep those of other threads from counting."""
+
+    def counts() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    def inside() -> list[int]:
+        with one_blas_thread():
+            return counts()
+
+    with threadpool_limits(2, user_api="blas"), ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        before = counts()
+        assert 2 in before
+        for thread in (one, other, one, other):
+            assert thread.submit(inside).result() == [1] * len(before)
+            assert counts() == before
 
 
 def test_what_is_prepared_is_not_searched(family: Family, tmp_path: Path) -> None:

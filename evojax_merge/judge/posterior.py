@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
+from evojax_merge.system.blas import one_blas_thread
 from evojax_merge.tasks.voting import Choice
 
 # The number of an outcome's loser or winner where it is the bar of acceptable answers.
@@ -42,7 +42,7 @@ STEPS = 50
 TOLERANCE = 1e-6
 # Several threads only slow matrices of this size down, on a busy machine a hundredfold, and sum in another order on
 # each number of cores: a replay gives the same bytes with one.
-one_thread = ThreadpoolController().wrap(limits=1, user_api="blas")
+one_thread = one_blas_thread()
 
 
 @dataclass(frozen=True)

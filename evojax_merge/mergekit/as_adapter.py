@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from evojax_merge.checkpoints.adapters import AdapterWriter
 from evojax_merge.checkpoints.decoder_folder import LM_HEAD
@@ -25,6 +24,7 @@ from evojax_merge.mergekit.execute import MergePlan, Progress, merged_tensors
 from evojax_merge.mergekit.stages import StreamPlan
 from evojax_merge.models.architecture import EMBEDDING, ROUTER, Leaf, find_architecture, model_types
 from evojax_merge.schema.patterns import pattern_matches
+from evojax_merge.system.blas import one_blas_thread
 from evojax_merge.system.file_system import atomic_folder
 
 # Of larger matrices, in ranks, the singular vectors are approximated: the error is within 0.2% of the least.
@@ -104,7 +104,7 @@ def singular_values(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.n
     if min(difference.shape) > EXACT_UP_TO * (rank + OVERSAMPLING):
         start = np.random.default_rng(0).standard_normal((difference.shape[1], rank + OVERSAMPLING), np.float32)
         # So narrow matrices are multiplied by one thread in less time than several need to find each other.
-        with threadpool_limits(1, "blas"):
+        with one_blas_thread():
             blocks = [np.linalg.qr(difference @ start)[0]]
             for _ in range(KRYLOV_DEPTH):
                 blocks.append(np.linalg.qr(difference @ (difference.T @ blocks[-1]))[0])

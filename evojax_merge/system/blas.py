@@ -3,13 +3,12 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import OpenBLASController, threadpool_limits
 
 _lock = threading.Lock()
 # The limits that hold while anybody is inside, for each caller once.
-_inside: list[Any] = []
+_inside: list[threadpool_limits] = []
 
 
 @contextmanager
@@ -20,6 +19,9 @@ def one_blas_thread(is_needed: bool = True) -> Iterator[None]:
         yield
         return
     with _lock:
+        if not _inside:
+            # The limits of one thread alone count, the first that set some; those of others change nothing.
+            OpenBLASController.clear_controlling_thread(force=True)
         _inside.append(_inside[0] if _inside else threadpool_limits(limits=1, user_api="blas"))
     try:
         yield
@@ -27,4 +29,6 @@ def one_blas_thread(is_needed: bool = True) -> Iterator[None]:
         with _lock:
             limits = _inside.pop()
             if not _inside:
+                OpenBLASController.clear_controlling_thread(force=True)
                 limits.restore_original_limits()
+                OpenBLASController.clear_controlling_thread(force=True)
