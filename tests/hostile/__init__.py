@@ -314,7 +314,10 @@ def serve() -> None:
     from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast  # noqa: F401
 
     import evojax_merge.api.models  # noqa: F401
+    from evojax_merge.search import checkpoints
 
+    # Searches of tests take milliseconds a generation, of which a search leaves out most checkpoints.
+    checkpoints.SAVING_SHARE = 1.0
     _import_evosax()
     with suppress(ImportError):
         import lm_eval.tasks  # noqa: F401
