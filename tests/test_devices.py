@@ -270,6 +270,8 @@ def start(
             ("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{port}"),
             ("JAX_NUM_PROCESSES", str(processes)),
             ("JAX_PROCESS_ID", str(number)),
+            # As a user's processes have it: JAX's own words are not shown.
+            ("TF_CPP_MIN_LOG_LEVEL", "4"),
             *more,
         )
         file = config[number] if isinstance(config, list) else config
