@@ -19,7 +19,15 @@ from evojax_merge.checkpoints.bitsandbytes import STATE
 from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_of
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
 from evojax_merge.checkpoints.derived import sources_of
-from evojax_merge.checkpoints.folder import INDEX_FILE, PIPELINE_INDEX, SINGLE_FILE, SMALL_FILES, VARIANTS, weight_map
+from evojax_merge.checkpoints.folder import (
+    INDEX_FILE,
+    PICKLES,
+    PIPELINE_INDEX,
+    SINGLE_FILE,
+    SMALL_FILES,
+    VARIANTS,
+    weight_map,
+)
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.quantised import QuantisedFolder, dequantised_config
@@ -31,7 +39,7 @@ from evojax_merge.system.regular_file import file_inside
 
 # Names of dtypes in safetensors, and bytes.
 STORED_DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
-WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz"})
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf", ".npz", *PICKLES})
 # No file has more bytes of tensors: file systems refuse files of some more.
 MOST_BYTES = 2**42
 EMPTY: Mapping[str, bytes] = MappingProxyType({})
@@ -92,7 +100,7 @@ class HeaderFolders:
         """The model, or where it is a folder with a config.json and no weights, one of headers with the shapes that the
         config means. Raises InputError as `read_decoder_config` does."""
         config = model / "config.json"
-        has_weights = sources_of(model).kind or any(file.suffix in WEIGHT_SUFFIXES for file in model.iterdir())
+        has_weights = sources_of(model).kind or any(file.suffix.lower() in WEIGHT_SUFFIXES for file in model.iterdir())
         if not config.is_file() or has_weights:
             return model
         if str(model) not in self.known:

@@ -151,11 +151,11 @@ def own_names(folder: Path) -> Mapping[str, str | None]:
     try:
         files = json.loads(read_regular(folder / MARKER, "a list of files", MOST_READ))["files"]
         return {name: str(files[name]) for name in files} | {MARKER: None}
-    except (OSError, InputError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
     try:
         text = read_regular(folder / CARD, "a model card", MOST_READ).decode()
-    except (OSError, InputError, ValueError):
+    except (OSError, ValueError):
         text = ""
     # Without a marker: by this program's tag in the front matter of the card.
     carded = text.startswith("---\n") and f"- {TAG}\n" in text.partition("\n---\n")[0] + "\n"

@@ -177,8 +177,9 @@ def find_models(choices: Choices, resolve: Resolve) -> Models:
             raise InputError(model.reference, f"no search takes it: {model.unsearchable}")
     kinds = {model.reference: model.way.backend for model in facts if model.way is not None}
     if len({*kinds.values()}) > 1:
-        each = ", ".join(f"{name} with backend: {backend}" for name, backend in kinds.items())
-        raise InputError("--parents", f"are searched by different backends ({each}); expected models of one kind")
+        why = {model.reference: f" ({model.unsearchable})" for model in facts if model.unsearchable}
+        each = ", ".join(f"{name} with backend: {backend}{why.get(name, '')}" for name, backend in kinds.items())
+        raise InputError("--parents", f"are searched by different backends: {each}; expected models of one kind")
     assert facts[-1].way is not None
     return Models(references, folders, base is not None, facts, facts[-1].way, Advice())
 

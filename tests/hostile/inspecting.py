@@ -90,6 +90,10 @@ def same(world: World) -> None:
     (world / "two").symlink_to("one")
 
 
+def third_parent(world: World) -> None:
+    shutil.copytree(world / "two", world / "three")
+
+
 def other_architecture(world: World) -> None:
     world.edit("one/config.json", model_type="qwen2")
 
@@ -159,16 +163,16 @@ CASES = [
     writing("two sources of data", nothing, "--hub: cannot go with --data", command=(*INIT, "--hub", "owner/name")),
     writing("no such method", nothing, "did you mean 'dare_ties'?", command=(*INIT, "--method", "dare-ties")),
     writing("a method without parameters", nothing, "karcher has no parameter", command=(*INIT, "--method", "karcher")),
-    writing("a method of two parents", nothing, "slerp", command=(
-        "init", "mine.yaml", "--parents", "base", "one", "two", "--data", "tasks.jsonl", "--method", "slerp")),
+    writing("a method of two parents", third_parent, "slerp", command=init_with(
+        "--base", "base", "--parents", "one", "two", "three", "--data", "tasks.jsonl", "--method", "slerp")),
     writing("a method that needs a base", nothing, "--base: missing", command=init_with(
         "--parents", "one", "two", "--data", "tasks.jsonl", "--method", "ties")),
-    writing("the base is a parent", nothing, "is base already", command=init_with(
+    writing("the base is a parent", nothing, "one: is given twice", command=init_with(
         "--base", "one", "--parents", "one", "two", "--data", "tasks.jsonl")),
     writing("two architectures", other_architecture, "expected one architecture"),
     writing("two depths", deeper, "one"),
     writing("a folder without weights", without("one/model.safetensors"), "holds no model.safetensors"),
-    writing("no tokenizer", without("base/tokenizer.json", "base/tokenizer_config.json"), "has no tokenizer"),
+    writing("no tokenizer", without("base/tokenizer.json", "base/tokenizer_config.json"), "torch (no tokenizer)"),
     writing("generations below 1", nothing, "--budget-generations", command=(*INIT, "--budget-generations", "0")),
     # Data.
     writing("no such data", nothing, "--data: nowhere.jsonl: no such file", command=(*INIT[:-1], "nowhere.jsonl")),

@@ -126,7 +126,7 @@ EXTRACTED = [
       for what, out, says in (("a thesis", "out", "'thesis.tex'"), ("the base", "base", "this command reads"),
                               ("the model", "one", "this command reads"), ("a file", "tasks.jsonl", "is a file"))),
     *(extracted(f"a {what} where the marker of an output would be", extract("--overwrite", change=together(
-        thesis(), make)), "out: holds ") for what, make in (
+        thesis(), make)), "out/", "no regular file") for what, make in (
             ("pipe", pipe("out/evojax_merge.json")), ("device", lambda world: link("/dev/zero")(
                 world / "out/evojax_merge.json")), ("pipe for the card", pipe("out/README.md")))),
 ]  # fmt: skip
