@@ -118,6 +118,7 @@ EXTRACTED = [
     extracted("an exclusion of nothing", extract("-e", "zzz"), "warning: --exclude-regex 'zzz': matches no", **WARNED),
     extracted("a choice of nothing", extract("-i", "zzz"), "--include-regex 'zzz': matches no module", "options leave",
               lines=2),
+    extracted("a share that is no number", extract("--energy", "nan"), "--energy", "nan is no number"),
     extracted("sizes without measure", extract("--sv-epsilon", "inf", "-i", "mlp"), "options leave out"),
     extracted("an expression that is none", extract("-e", "("), "--exclude-regex: the pattern '('"),
     extracted("the name of a GGUF file", extract(out="out.gguf"), "out.gguf: is the name of a GGUF file"),
