@@ -120,8 +120,8 @@ def load_tokenizer(folder: Path) -> Any:
     if growth > MOST_GROWTH:
         what = f"its tokenizer may make a text {growth:.3g} times as long; expected at most {MOST_GROWTH} times"
         raise InputError(folder, what)
-    last = max(numbers, key=numbers.__getitem__, default="")
-    if numbers.get(last, 0) >= MOST_ROWS:
+    if max(numbers.values(), default=0) >= MOST_ROWS:
+        last = max(numbers, key=numbers.__getitem__)
         what = f"its tokenizer gives {shown(last)} the number {numbers[last]:,}; expected less than {MOST_ROWS:,}"
         raise InputError(folder, what)
     return tokenizer

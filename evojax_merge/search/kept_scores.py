@@ -1,8 +1,7 @@
 """Scores of base and parents that outlive a run: a later search with the same models and tasks reads them.
 
 A score is kept by content: of the models' files and of the task's, of the settings that scores depend on, of this
-program and of the libraries below it. A file's first line is the SHA-256 of the others; one that is damaged is not
-read. Tasks that ask people, other programs or a user's functions are scored anew.
+program and of the libraries below it. Tasks that ask people, other programs or a user's functions are scored anew.
 """
 
 import json

@@ -19,7 +19,8 @@ def read_kept(file: Path, max_bytes: int) -> bytes | None:
         content = read_regular(file, "a kept file", HEAD + max_bytes)
     except (OSError, InputError):
         return None
-    return content[HEAD:] if content[:HEAD] == _head(content[HEAD:]) else None
+    head, rest = content[:HEAD], content[HEAD:]
+    return rest if head == _head(rest) else None
 
 
 def keep(file: Path, content: bytes) -> None:
