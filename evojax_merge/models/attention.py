@@ -19,9 +19,9 @@ from evojax_merge.models.sharding import MODEL_AXIS, cut_at, map_shards, model_s
 # The least number of queries in a block of causal attention, and the most blocks.
 QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 4
 # Pairs of a row's queries and columns beyond which no array holds an entry for each pair: rows of more than 2,048
-# tokens. They are taken in blocks of so many queries, and so many columns.
+# tokens. They are taken in blocks of so many queries, and so many columns: a block's products stay in a CPU's cache.
 MAX_PAIRS = 2048**2
-LONG_QUERIES, LONG_COLUMNS = 512, 1024
+LONG_QUERIES, LONG_COLUMNS = 256, 512
 
 
 @struct.dataclass
@@ -145,8 +145,9 @@ def blockwise_attention(
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """`gqa_attention` in blocks of queries and columns, with a running softmax (arXiv 2205.14135): its memory grows
-    with a row's length, and not with the length's square. layout: the queries'. A gradient computes the blocks
-    again."""
+    with a row's length, and not with the length's square. Blocks in which no query attends to any column are skipped:
+    later ones, those behind a window, and those of other sequences. layout: the queries'. A gradient computes the
+    blocks again."""
     batch, steps, heads, dim = query.shape
     groups, scale = segments[0].key.shape[0], dim**-0.5 if scale is None else scale
     # Key-value heads first, like keys and values; blocks before all.
@@ -164,14 +165,19 @@ def blockwise_attention(
         query, layout = block
 
         def add(carry: Any, column_block: Any) -> tuple[Any, None]:
-            (peak, total, summed), (key, value, key_layout) = carry, column_block
+            key, value, key_layout = column_block
             mask = attention_mask(window, layout, key_layout)
-            raw = _masked_logits(query, KVSegment(key, value, mask), scale, softcap)
-            # The result does not depend on it.
-            higher = jax.lax.stop_gradient(jnp.maximum(peak, raw.max(axis=-1, keepdims=True)))
-            weights, shrunk = jnp.exp(raw - higher), jnp.exp(peak - higher)
-            products = _grouped_matmul(weights.astype(value.dtype), value, "ns,sd->nd", jnp.float32)
-            return (higher, total * shrunk + weights.sum(axis=-1, keepdims=True), summed * shrunk + products), None
+
+            def attended(carry: Any) -> Any:
+                peak, total, summed = carry
+                raw = _masked_logits(query, KVSegment(key, value, mask), scale, softcap)
+                # The result does not depend on it.
+                higher = jax.lax.stop_gradient(jnp.maximum(peak, raw.max(axis=-1, keepdims=True)))
+                weights, shrunk = jnp.exp(raw - higher), jnp.exp(peak - higher)
+                products = _grouped_matmul(weights.astype(value.dtype), value, "ns,sd->nd", jnp.float32)
+                return higher, total * shrunk + weights.sum(axis=-1, keepdims=True), summed * shrunk + products
+
+            return jax.lax.cond(mask.any(), attended, lambda carry: carry, carry), None
 
         rows = (*query.shape[:-1], 1)
         if sinks is None:
@@ -182,7 +188,8 @@ def blockwise_attention(
         for column_blocks in columns:
             carry, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), carry, column_blocks)
         _, total, summed = carry
-        return (summed / total).astype(segments[0].value.dtype)
+        # A block of padding attends to nothing, and stays finite.
+        return (summed / jnp.where(total > 0, total, 1)).astype(segments[0].value.dtype)
 
     blocks = _blocks(query, 3, LONG_QUERIES), _layout_blocks(layout, LONG_QUERIES)
     out = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), blocks)
@@ -209,7 +216,7 @@ def long_attention(
     fits = is_plain and has_shards and columns <= 2 * query.shape[1]
 
     def in_blocks(query: jax.Array, segments: Sequence[LongSegment], window: jax.Array) -> jax.Array:
-        return _causal_blocks(query, segments[-1], segments[:-1], window, scale, softcap, sinks)
+        return blockwise_attention(query, segments[-1].layout, segments, window, scale, softcap, sinks)
 
     def fused(kernel: Kernel) -> Callable[..., jax.Array]:
         def attend(query: jax.Array, segments: Sequence[LongSegment], window: jax.Array) -> jax.Array:
@@ -251,28 +258,6 @@ def _by_heads(kernel: Kernel, *operands: jax.Array) -> jax.Array:
         return kernel(*operands)
     cuts = (cut_at(4, 2), cut_at(4, 0), cut_at(4, 0), cut_at(2, None))
     return map_shards(lambda _, *operands: kernel(*operands), cuts, cut_at(4, 2), *operands)
-
-
-def _causal_blocks(
-    query: jax.Array,
-    rows: LongSegment,
-    prefix: Sequence[LongSegment],
-    window: jax.Array,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """`blockwise_attention` of whole rows to themselves and to a prefix. Where no query attends to a later column, each
-    part of the queries is only multiplied with the columns up to its own."""
-    steps, parts = query.shape[1], MAX_QUERY_BLOCKS if rows.layout.image_ids is None else 1
-    edges = [steps * i // parts for i in range(parts + 1)]
-
-    def part(begin: int, end: int) -> jax.Array:
-        upto, queries = (jax.tree.map(lambda leaf, i=i: leaf[:, i:end], rows.layout) for i in (0, begin))
-        columns = LongSegment(rows.key[..., :end], rows.value[:, :, :end], upto)
-        return blockwise_attention(query[:, begin:end], queries, [*prefix, columns], window, scale, softcap, sinks)
-
-    return jnp.concatenate([part(begin, end) for begin, end in pairwise(edges)], axis=1)
 
 
 def _blocks(array: jax.Array, axis: int, size: int, fill: int = 0) -> jax.Array:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from evojax_merge.models.config import DecoderConfig, RopeConfig, rope_frequencies
-from evojax_merge.models.sharding import replicate, shard, shards_of
+from evojax_merge.models.sharding import model_shards, replicate, shard, shards_of
 
 Weights = dict[str, jax.Array]
 
@@ -177,6 +177,19 @@ def dense_whole(x: jax.Array, weights: Weights, name: str) -> jax.Array:
     """`dense` with all outputs on each device that shares a model: outputs of several kinds, whose borders are not
     those of the devices' shards."""
     return replicate(dense(x, weights, name))
+
+
+def dense_parts(x: jax.Array, weights: Weights, name: str, parts: int) -> list[jax.Array]:
+    """`dense_whole` in equal parts of its outputs."""
+    if model_shards() > 1:
+        return jnp.split(dense_whole(x, weights, name), parts, axis=-1)
+    # A CPU's compiler computes a norm of x within a product that alone uses it, which takes it half as long again for
+    # thousands of rows.
+    if isinstance(weights, RecordedWeights):
+        weights.inputs[name] = x
+    products = [matmul(x, part) for part in jnp.split(weights[name], parts, axis=-2)]
+    bias = weights.get(f"{name}_bias")
+    return products if bias is None else [y + b for y, b in zip(products, jnp.split(bias, parts, axis=-1), strict=True)]
 
 
 def dense_heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Array:

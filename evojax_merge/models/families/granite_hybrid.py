@@ -35,7 +35,7 @@ from evojax_merge.models.layers import (
     Weights,
     dense,
     dense_heads,
-    dense_whole,
+    dense_parts,
     rms_norm,
 )
 from evojax_merge.models.mamba2 import Mamba
@@ -111,7 +111,7 @@ def _second_half(config: GraniteHybridConfig, weights: Weights, x: jax.Array) ->
     """The hidden states behind the MLP and the mixture."""
     normed = rms_norm(x, weights["mlp_norm"], config.norm_eps)
     with jax.named_scope("mlp"):
-        gate, up = jnp.split(dense_whole(normed, weights, "shared_in"), 2, axis=-1)
+        gate, up = dense_parts(normed, weights, "shared_in", 2)
         added = dense(ACTIVATIONS[config.activation](gate) * up, weights, "shared_out")
     if config.experts:
         gate, up = jnp.split(weights["gate_up"], 2, axis=-2)

@@ -5,14 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from evojax_merge.models.architecture import LAYERS, RECURRENCE, LayerType, Leaf
 from evojax_merge.models.config import LlamaLikeConfig, RecurrentShape
 from evojax_merge.models.config_keys import EPSILON, KERNEL, SIZE, SWITCH, TEXTS, Expected, above, or_null
 from evojax_merge.models.families import llama_like
 from evojax_merge.models.families.llama_like import read_types
-from evojax_merge.models.layers import CosSin, Weights, dense, dense_whole, rms_norm
+from evojax_merge.models.layers import CosSin, Weights, dense, dense_parts, rms_norm
 from evojax_merge.models.recurrence import Recur
 
 FULL, CONVOLUTION = "full_attention", "conv"
@@ -74,7 +73,7 @@ def convolution(
     """The hidden states plus the convolution's output, and the columns to keep."""
     with jax.named_scope("convolution"):
         normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
-        before, behind, inputs = jnp.split(dense_whole(normed, weights, "in"), 3, axis=-1)
+        before, behind, inputs = dense_parts(normed, weights, "in", 3)
         mixed, columns = recur.convolve(before * inputs, weights["convolution"][:, 0], weights.get("convolution_bias"))
         return x + dense(behind * mixed, weights, "mixed"), recur.keep(columns)
 

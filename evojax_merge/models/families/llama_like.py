@@ -43,7 +43,7 @@ from evojax_merge.models.layers import (
     apply_rope_interleaved,
     dense,
     dense_heads,
-    dense_whole,
+    dense_parts,
     layer_norm,
     rms_norm,
     rms_norm_float32,
@@ -208,7 +208,7 @@ def gated_mlp(config: LlamaLikeConfig, weights: Weights, x: jax.Array) -> jax.Ar
     with jax.named_scope("mlp"):
         if "gate_up" in weights:
             # One half of the devices has the gate's entries, the other half the entries that the gate multiplies.
-            gate, up = jnp.split(dense_whole(x, weights, "gate_up"), 2, axis=-1)
+            gate, up = dense_parts(x, weights, "gate_up", 2)
             return dense(activation(gate) * up, weights, "down")
         if "gate" in weights:
             return dense(activation(dense(x, weights, "gate")) * dense(x, weights, "up"), weights, "down")
