@@ -28,9 +28,8 @@ if TYPE_CHECKING:
         register_task,
         transplant_tokenizer,
     )
-    from evojax_merge.api.pytrees import host_callback, search_pytrees
     from evojax_merge.api.spaces import LayerPathSpace, MergeSpace, MixtureSpace, Models, PoolSpace, load_models
-    from evojax_merge.api.study import Study
+    from evojax_merge.api.study import Study, host_callback
     from evojax_merge.api.trials import Run, Trial, open_run
     from evojax_merge.backends.function.opening import FunctionFactory
     from evojax_merge.evaluation.scores import Scores
@@ -72,7 +71,6 @@ __all__ = [
     "register_method",
     "register_strategy",
     "register_task",
-    "search_pytrees",
     "strategies",
     "tasks",
     "transplant_tokenizer",
@@ -82,9 +80,8 @@ __all__ = [
 _NAMES = {
     "api.models": "Evaluator evaluate evolve extract_lora load_bank merge moe register_architecture register_backend "
     "register_method register_strategy register_task transplant_tokenizer",
-    "api.pytrees": "host_callback search_pytrees",
     "api.spaces": "LayerPathSpace MergeSpace MixtureSpace Models PoolSpace load_models",
-    "api.study": "Study",
+    "api.study": "Study host_callback",
     "api.trials": "Run Trial open_run",
     "backends.function.opening": "FunctionFactory",
     "evaluation.scores": "Scores",

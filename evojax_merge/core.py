@@ -81,7 +81,7 @@ def search(
                     storage = FolderStorage(
                         folder, Checkpoints(folder, problem.keep), is_main_process=devices.is_main_process
                     )
-                    archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
+                    archive = evolve_on(problem, evaluators, storage, reporter, warnings)
                 archive = with_best(archive, ballots, problem.search.finalists)
                 print_work(folder, problem, evaluators)
                 on_searched()
@@ -107,10 +107,9 @@ def family_tree(problem: SearchProblem[Backend], context: Any, genome: np.ndarra
 def evolve_on(
     problem: SearchProblem[Backend], evaluators: Splits[SpaceEvaluator[Any]], storage: Storage, reporter: Reporter,
     diagnose: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
-    hint: Callable[[Any], str] = failure_hint,
 ) -> Archive:  # fmt: skip
     """Evolve a problem's candidates (see `search.loop.evolve`)."""
     return evolve(
         problem.search, problem.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter, diagnose,
-        hint, evaluators.minibatches, evaluators.validation, problem.example_choice(evaluators),
+        failure_hint, evaluators.minibatches, evaluators.validation, problem.example_choice(evaluators),
     )  # fmt: skip

@@ -108,7 +108,7 @@ def test_a_recipe_as_a_mapping_starts_in_the_working_directory(
     ("changes", "options", "named"),
     [
         ({"merge_method": "task_arithmetics"}, {}, "recipe: merge_method: unknown method .* 'task_arithmetic'"),
-        ({"dtype": object()}, {}, "recipe: holds what no YAML can say"),
+        ({"dtype": object()}, {}, "recipe: holds <object object"),
         ({}, {"dtype": "bfloat"}, r"dtype: unknown dtype 'bfloat' \(did you mean 'bfloat16'"),
         ({}, {"seed": -1}, "seed: -1; expected a whole number from 0"),
         ({}, {"seed": True}, "seed: True"),

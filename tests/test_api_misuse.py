@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.families import Family
+from helpers.trees import search_trees
 from merge_kernels import METHODS, Method, Parameter, Prepared
 
 import evojax_merge as em
@@ -24,7 +25,7 @@ def tree(leaf: Any) -> list[Any]:
 def search(**changes: Any) -> Any:
     given = {"parents": PARENTS, "fitness": lambda merged: -jnp.sum(merged["a"]), "generations": 1, "population": 4}
     given |= changes
-    return em.search_pytrees(given.pop("parents"), given.pop("fitness"), **given)
+    return search_trees(given.pop("parents"), given.pop("fitness"), **given)
 
 
 def inside_itself() -> list[Any]:
@@ -38,7 +39,7 @@ SEARCHES: list[tuple[dict[str, Any], str]] = [
     ({"parents": []}, "parents: is empty"),
     ({"parents": "ab"}, "parents"),
     ({"parents": np.ones((2, 3))}, "parents: array"),
-    ({"parents": {"x": 1}}, "parents: {'x': 1}"),
+    ({"parents": {"x": 1}}, "parents: hold no floating-point array"),
     ({"parents": (one for one in PARENTS)}, "parents: <generator"),
     ({"parents": tree(None)}, "parents: hold no floating-point array"),
     ({"parents": [PARENTS[0], {"a": None, "b": {"c": np.ones(3)}}]}, "parents[1]: has no leaf 'a'"),
@@ -51,67 +52,62 @@ SEARCHES: list[tuple[dict[str, Any], str]] = [
     ({"parents": [{1: np.ones(2), "a": np.ones(2)}] * 2}, "parents[0]: is no pytree"),
     ({"parents": inside_itself()}, "parents[0]: is no pytree"),
     ({"base": 3.0, "method": "ties"}, "parents[0]: has no leaf ''"),
-    ({"fitness": None}, "fitness: None; expected a function"),
-    ({"fitness": "accuracy"}, "fitness: 'accuracy'; expected a function"),
-    ({"fitness": lambda: 0.0}, "fitness: takes ()"),
-    ({"fitness": lambda merged, more: 0.0}, "fitness: takes (merged, more)"),
-    ({"fitness": lambda merged: None}, "fitness: returned None"),
-    ({"fitness": lambda merged: "good"}, "fitness: returned 'good'"),
-    ({"fitness": lambda merged: {"score": 1.0}}, "fitness: returned {'score': 1.0}"),
-    ({"fitness": lambda merged: merged}, "fitness: returned {'a':"),
-    ({"fitness": lambda merged: (one for one in (1, 2))}, "fitness: returned <generator"),
-    ({"fitness": lambda merged: 1j * jnp.sum(merged["a"])}, "fitness: returned complex64[]"),
-    ({"fitness": lambda merged: jnp.ones((2, 2))}, "fitness: returned float32[2, 2]"),
-    ({"fitness": lambda merged: jnp.ones(0)}, "fitness: returned float32[0]"),
-    ({"fitness": lambda merged: float(merged["a"][0])}, "fitness: JAX cannot trace it"),
-    ({"fitness": em.host_callback(lambda merged: None)}, "fitness: returned None"),
-    ({"fitness": em.host_callback(lambda merged: "good")}, "fitness: returned 'good'"),
-    ({"fitness": em.host_callback(lambda merged: [[1], [1, 2]])}, "fitness: returned [[1], [1, 2]]"),
-    ({"fitness": em.host_callback(lambda merged: 1j)}, "fitness: returned complex128[]"),
-    ({"fitness": em.host_callback(lambda: 1.0)}, "fitness: takes ()"),
-    ({"fitness": lambda merged, rows: jnp.ones(5), "examples": np.ones(3)}, "fitness: returned 5 numbers for 3"),
+    ({"fitness": None}, "tasks: None; expected a task"),
+    ({"fitness": "accuracy"}, "tasks: 'accuracy'; expected a task"),
+    ({"fitness": lambda: 0.0}, "tasks[0].function: python:<lambda>@"),
+    ({"fitness": lambda merged, more: 0.0}, "takes (merged, more); inputs: model calls it with (model)"),
+    ({"fitness": lambda merged: None}, "tasks[0]: returned None"),
+    ({"fitness": lambda merged: "good"}, "tasks[0]: returned 'good'"),
+    ({"fitness": lambda merged: {"score": 1.0}}, "tasks[0]: returned {'score': 1.0}"),
+    ({"fitness": lambda merged: merged}, "tasks[0]: returned {'a':"),
+    ({"fitness": lambda merged: (one for one in (1, 2))}, "tasks[0]: returned <generator"),
+    ({"fitness": lambda merged: 1j * jnp.sum(merged["a"])}, "tasks[0]: returned complex64[]"),
+    ({"fitness": lambda merged: jnp.ones((2, 2))}, "tasks[0]: returned float32[2, 2]"),
+    ({"fitness": lambda merged: jnp.ones(0)}, "tasks[0]: returned float32[0]"),
+    ({"fitness": lambda merged: float(merged["a"][0])}, "tasks[0]: JAX cannot trace it"),
+    ({"fitness": em.host_callback(lambda merged: None)}, "tasks[0]: returned None"),
+    ({"fitness": em.host_callback(lambda merged: "good")}, "tasks[0]: returned 'good'"),
+    ({"fitness": em.host_callback(lambda merged: [[1], [1, 2]])}, "tasks[0]: returned [[1], [1, 2]]"),
+    ({"fitness": em.host_callback(lambda merged: 1j)}, "tasks[0]: returned complex128[]"),
+    ({"fitness": em.host_callback(lambda: 1.0)}, "tasks[0].function: python:<lambda>@"),
+    ({"fitness": lambda merged, rows: jnp.ones(5), "examples": np.ones(3)}, "tasks[0]: returned 5 numbers for 3"),
     ({"fitness": lambda merged, rows: jnp.ones(2), "examples": np.array(["a", "b"])}, "examples: leaf '' is of <U1"),
     ({"fitness": lambda merged, rows: jnp.ones(2), "examples": np.array([None, None])}, "examples: leaf '' is of obj"),
-    ({"fitness": lambda merged, rows: rows, "examples": {"x": np.ones(3), "y": np.ones(4)}}, "examples: leading axes"),
-    ({"fitness": lambda merged, rows: rows, "examples": [1, 2]}, "examples: leading axes"),
+    (
+        {"fitness": lambda merged, rows: rows, "examples": {"x": np.ones(3), "y": np.ones(4)}},
+        "examples: has arrays with leading axes",
+    ),
+    ({"fitness": lambda merged, rows: rows, "examples": [1, 2]}, "examples: has arrays with leading axes"),
     ({"method": None}, "method: None; expected a text"),
     ({"method": ["linear"]}, "method: ['linear']; expected a text"),
-    ({"parameters": 5}, "parameters: 5; expected a mapping"),
-    ({"parameters": ["weight"]}, "parameters: ['weight']"),
-    ({"parameters": {"weight": None}}, "parameters.weight: None; expected a Bounds or a mapping"),
-    ({"parameters": {"weight": {1: 2}}}, "parameters.weight: {1: 2}"),
-    ({"parameters": {"weight": {"low": NAN}}}, "parameters.weight: low"),
-    ({"fixed": 1.5}, "fixed: 1.5; expected a mapping"),
-    ({"fixed": {"weight": NAN}}, "fixed.weight: nan"),
-    ({"fixed": {3: 1}}, "fixed: {3: 1}"),
-    ({"normalize": "yes"}, "normalize: 'yes'; expected True or False"),
-    ({"normalize": 1}, "normalize: 1; expected True or False"),
-    ({"rescale": 2.0}, "rescale: 2.0"),
-    ({"groups": "all"}, "groups: 'all'; expected a function"),
-    ({"groups": lambda path: None}, "groups: returned None for 'a'"),
-    ({"groups": lambda path: [path]}, "groups: returned ['a']"),
-    ({"groups": lambda: "a"}, "groups: takes ()"),
-    ({"strategy": None}, "strategy: None; expected a text"),
-    ({"population": True}, "population: True; expected a whole number"),
-    ({"population": 4.0}, "population: 4.0; expected a whole number"),
+    ({"parameters": 5}, "space.parameters: expected a mapping, found 5"),
+    ({"parameters": ["weight"]}, "space.parameters: expected a mapping, found a list"),
+    ({"parameters": {"weight": None}}, "space.parameters.weight: expected a mapping (of low, high, start)"),
+    ({"parameters": {"weight": {1: 2}}}, "space.parameters.weight.1: unknown key"),
+    ({"parameters": {"weight": {"low": NAN}}}, "space.parameters.weight.low: expected a number"),
+    ({"fixed": 1.5}, "space.fixed: expected a mapping, found 1.5"),
+    ({"fixed": {"weight": NAN}}, "space.fixed.weight: expected a number"),
+    ({"fixed": {3: 1}}, "space.fixed.3: the key is no text"),
+    ({"rescale": 2.0}, "space.rescale: expected true, false, none, l1 or density, found 2.0"),
+    ({"population": True}, "search.population: expected a whole number from 1 to 100,000, found true"),
     ({"generations": 1.5}, "generations: 1.5; expected a whole number"),
     ({"generations": -1}, "generations: "),
-    ({"sigma": "wide"}, "sigma: 'wide'; expected a number"),
+    ({"sigma": "wide"}, "search.sigma: expected a number from 1e-06 to 10, found 'wide'"),
     ({"sigma": NAN}, "sigma: "),
-    ({"sigma": True}, "sigma: True; expected a number"),
-    ({"seeds": "uniform"}, "seeds: 'uniform'; expected a list of texts"),
-    ({"seeds": [1]}, "seeds[0]: 1; expected a text"),
-    ({"rungs": 2.0}, "rungs: 2.0; expected a whole number"),
+    ({"sigma": True}, "search.sigma: expected a number from 1e-06 to 10, found true"),
+    ({"seeds": "uniform"}, "search.seeds: expected a list"),
+    ({"seeds": [1]}, "search.seeds[0]: expected uniform"),
+    ({"rungs": 2.5}, "search.rungs: expected a whole number"),
     ({"validation": True}, "validation: True; expected a number"),
-    ({"stop": 3}, "stop: 3; expected a mapping"),
-    ({"stop": {"seconds": "long"}}, "stop.seconds: 'long'; expected a number"),
-    ({"gradient": []}, "gradient: []; expected a mapping"),
+    ({"stop": 3}, "search.stop: expected a mapping"),
+    ({"stop": {"seconds": "long"}}, "search.stop.seconds: expected a number"),
+    ({"gradient": []}, "search.gradient: expected a mapping"),
     ({"seed": None}, "seed: None; expected a whole number"),
     ({"seed": True}, "seed: True; expected a whole number"),
     ({"seed": 1.5}, "seed: 1.5; expected a whole number"),
-    ({"seed": 2**64}, "seed: 18446744073709551616; expected a whole number"),
-    ({"chunk": True}, "chunk: True; expected a whole number"),
-    ({"chunk": 0}, "chunk: 0; expected 1 or more"),
+    ({"seed": 2**64}, "seed: expected a whole number from 0 to 9,223,372,036,854,775,807"),
+    ({"evaluation": {"chunk": True}}, "evaluation.chunk: expected a whole number"),
+    ({"evaluation": 3}, "evaluation: 3; expected"),
     ({"out": 3}, "out: 3; expected a text or a path"),
     ({"out": "a\0b"}, "out: 'a\\x00b'; expected a path"),
     ({"out": "x" * 5000}, "out: 'xxx"),
@@ -126,7 +122,23 @@ SEARCHES: list[tuple[dict[str, Any], str]] = [
 def test_wrong_searches_of_pytrees(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(em.InputError) as caught:
         search(**changes)
-    assert str(caught.value).startswith("search_pytrees: ") and named in str(caught.value)
+    assert named in str(caught.value)
+
+
+GROUPS: list[tuple[Any, str]] = [
+    (lambda path: None, "groups: returned None for 'a'"),
+    (lambda path: [path], "groups: returned ['a']"),
+    (lambda: "a", "groups: takes ()"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(GROUPS)))
+def test_groups_that_are_something_else(number: int) -> None:
+    groups, named = GROUPS[number]
+    em.register_backend(f"groups_{number}", em.FunctionFactory(groups=groups))
+    with pytest.raises(em.InputError) as caught:
+        search(backend=f"groups_{number}")
+    assert named in str(caught.value)
 
 
 CALLS: list[tuple[Callable[[], Any], str]] = [
@@ -325,5 +337,5 @@ def test_strategies_that_answer_something_else(
 def test_factories_that_make_something_else(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", {})
     em.register_strategy("constant", lambda settings: made)
-    with pytest.raises(em.InputError, match=r"search_pytrees: the strategy constant (lacks|has population 'many')"):
+    with pytest.raises(em.InputError, match=r"the strategy constant (lacks|has population 'many')"):
         search(strategy="constant")

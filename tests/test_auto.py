@@ -15,11 +15,12 @@ from helpers.families import Family
 from helpers.files import write_yaml
 from helpers.sampling import thorough
 from helpers.searches import search_config, search_in
+from helpers.trees import search_trees
 from pydantic import ValidationError
 from test_racing import Hill, Plain, one_token, text_task
 
 import evojax_merge as em
-from evojax_merge import host_callback, search_pytrees
+from evojax_merge import host_callback
 from evojax_merge.api.trials import open_run
 from evojax_merge.commands.search import _resolved_stage
 from evojax_merge.config.documents import explain
@@ -181,16 +182,15 @@ def closeness(merged: Any) -> Any:
 
 
 def test_auto_follows_a_traced_fitness_and_races_others(tmp_path: Path) -> None:
-    traced = search_pytrees(PARENTS, closeness, strategy="auto", generations=3, out=tmp_path / "run")
+    traced = search_trees(PARENTS, closeness, strategy="auto", generations=3, out=tmp_path / "run")
     assert len(traced.history[0]["genomes"]) == 1 and "gradient_norm" in traced.history[0]
-    assert traced.notes[0].startswith("search.strategy: auto chose gradient")
     document = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["search"]
     assert document["strategy"] == "gradient" and document["gradient"]["minibatches"] == 1
 
     def each(merged: Any, rows: Any) -> Any:
         return np.array([float(closeness(merged)) + 0.01 * row for row in rows])
 
-    called = search_pytrees(PARENTS, host_callback(each), examples=np.arange(32.0), strategy="auto", generations=2)
+    called = search_trees(PARENTS, host_callback(each), examples=np.arange(32.0), strategy="auto", generations=2)
     # Half of the candidates meet half of the examples alone.
     assert sorted(set(called.history[0]["examples"])) == [16, 32] and "sigma" in called.history[0]
 

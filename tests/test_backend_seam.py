@@ -13,6 +13,7 @@ from helpers.commands import output_of, run_here
 from helpers.files import read_json, write_yaml
 from helpers.sampling import thorough
 from helpers.searches import problem_of
+from helpers.trees import by_group, search_trees
 from safetensors.numpy import load_file, save_file
 
 import evojax_merge as em
@@ -100,11 +101,11 @@ def test_a_toy_is_planned_searched_resumed_and_exported(networks: dict[str, Any]
             assert row["heldout_scores"][f"{task.name}/score"] == pytest.approx(scores.mean(), abs=1e-6)
 
     # The winner is the merge of its parameters, by the method's own formula on these arrays.
-    trim = em.search_pytrees(
+    trim = search_trees(
         [networks["one"], networks["two"]], lambda tree: jnp.float32(0), base=networks["base"], method="ties",
         generations=1, population=2, parameters={"weight": {"low": 0.0, "high": 1.5}}, seed=3,
     )  # fmt: skip
-    assert set(trim.parameters) == {"first", "second"}
+    assert set(by_group(trim)) == {"first", "second"}
     merged = problem.backend.merged(np.array(result["genome"], np.float32))
     for layer, arrays in winner.items():
         for name, array in arrays.items():

@@ -10,11 +10,11 @@ from helpers.families import build_family
 from helpers.files import read_json, write_yaml
 from helpers.sampling import sample, thorough
 from helpers.searches import search_config, search_in
+from helpers.trees import search_trees
 from merge_kernels import METHODS
 from test_search import OwnScorer
 
 import evojax_merge as em
-from evojax_merge import search_pytrees
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.report.comparison import Result, Row, write_result
 from evojax_merge.report.intervals import Lead
@@ -26,6 +26,7 @@ BASE = {"w": np.zeros(12, np.float32), "b": np.zeros(3, np.float32)}
 # The second parent is at 100%: no merge of it is any better.
 TARGET = {"w": np.sin(np.arange(12, dtype=np.float32)), "b": np.ones(3, np.float32)}
 PARENTS = [{"w": np.cos(np.arange(12, dtype=np.float32)), "b": -np.ones(3, np.float32)}, TARGET]
+em.register_backend("one_group", em.FunctionFactory(groups=lambda path: "all"))
 
 
 def likeness(merged: Any) -> Any:
@@ -57,16 +58,16 @@ def weights(of: GroupSpace) -> list[list[float]]:
 @pytest.mark.parametrize("seed", sample(range(6), 2))
 @pytest.mark.parametrize("strategy", ["cma_es", "de", "random", "ipop_cma_es", "ga"])
 def test_no_winner_is_worse_than_a_parent_that_is_at_its_best(strategy: str, seed: int) -> None:
-    result = search_pytrees(
+    result = search_trees(
         PARENTS, likeness, base=BASE, method="task_arithmetic", parameters={"weight": {"low": 0.0, "high": 1.5}},
         strategy=strategy, generations=5, population=6, seed=seed,
     )  # fmt: skip
-    assert result.fitness >= float(likeness(PARENTS[1])) - 1e-6
+    assert result.best.fitness >= float(likeness(PARENTS[1])) - 1e-6
 
 
 @pytest.mark.parametrize(
     "more",
-    [{"seeds": []}, {"strategy": "grid", "groups": lambda path: "all", "population": 9},
+    [{"seeds": []}, {"strategy": "grid", "backend": "one_group", "population": 9},
      {"strategy": "gradient"}, {"rungs": 2, "seeds": []}, {"validation": 0.5, "seeds": []}],
     ids=["no seeds", "grid", "gradient", "rungs", "validation"],
 )  # fmt: skip
@@ -80,16 +81,16 @@ def test_parents_are_finalists_of_searches_that_do_not_begin_with_them(more: dic
     def alone(merged: Any) -> Any:
         return scored(merged)
 
-    result = search_pytrees(
+    result = search_trees(
         PARENTS, scored if examples else alone, base=BASE, method="task_arithmetic",
         parameters={"weight": {"low": 0.0, "high": 1.5}}, **examples, **settings,
     )  # fmt: skip
-    assert result.fitness == pytest.approx(1.0, abs=1e-6)
+    assert result.best.fitness == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_first_generation_begins_with_the_uniform_merge_and_the_parents() -> None:
     def first(population: int, **more: Any) -> list[list[float]]:
-        result = search_pytrees(
+        result = search_trees(
             PARENTS, likeness, base=BASE, method="task_arithmetic", population=population, generations=1,
             parameters={"weight": {"low": 0.0, "high": 1.5}}, **more,
         )  # fmt: skip

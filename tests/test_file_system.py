@@ -108,7 +108,7 @@ WITHOUT_FILE_SYSTEM = {
         "report/inspection.py": ["picture"], "tasks/generated_images.py": ["png_of"],
     },
     NO_FILE: {
-        "cli.py": ["main"], "api/pytrees.py": ["_run"], "search/loop.py": ["evolve"],
+        "cli.py": ["main"], "search/loop.py": ["evolve"],
         "evaluation/devices.py": ["_silence_libraries"],
         "search/checkpoints.py": ["FolderStorage.close"],
     },

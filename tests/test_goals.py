@@ -14,11 +14,11 @@ from helpers.commands import output_of, run_here
 from helpers.files import read_lines
 from helpers.sampling import sample
 from helpers.searches import problem_of
+from helpers.trees import search_trees
 from test_backend_seam import config_file, register_toy, write_networks
 from test_defaults import BASE, PARENTS, likeness
 
 import evojax_merge as em
-from evojax_merge import search_pytrees
 from evojax_merge.cli import cli
 from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import Goal, Guard, Scale, TaskScores, fitness, ranked_fitness
@@ -381,8 +381,8 @@ def test_texts_that_would_take_minutes_are_marked_behind_their_common_beginning(
 
 @pytest.mark.parametrize("seed", sample(range(10), 2))
 def test_five_generations_of_six_lose_no_parent_at_its_best(seed: int) -> None:
-    result = search_pytrees(
+    result = search_trees(
         PARENTS, likeness, base=BASE, method="task_arithmetic", parameters={"weight": {"low": 0.0, "high": 1.5}},
         generations=5, population=6, seed=seed,
     )  # fmt: skip
-    assert result.fitness >= float(likeness(PARENTS[1])) - 1e-6
+    assert result.best.fitness >= float(likeness(PARENTS[1])) - 1e-6

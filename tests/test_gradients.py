@@ -17,6 +17,7 @@ from helpers.files import write_json, write_lines
 from helpers.models import tiny_config
 from helpers.sampling import sample, thorough
 from helpers.searches import search_config, task_section
+from helpers.trees import by_group, search_trees
 from merge_kernels import METHODS, CombineInputs, combine_differentiable, look_up_differentiable, on_grid, tabulate
 from merge_kernels.gradients import HALF_WIDTH
 from test_evaluator import Setting, behind_header
@@ -317,11 +318,11 @@ def test_a_start_at_a_bound_is_led_away_from_it() -> None:
     assert (np.sign(outside) == -1).all()
     parents = [{"w": np.ones(3, np.float32)}, {"w": np.full(3, 2, np.float32)}]
     for start in (0.0, 1.0):
-        found = em.search_pytrees(
+        found = search_trees(
             parents, lambda merged: -jnp.square(merged["w"] - 1.4).sum(), method="slerp", strategy="gradient",
             parameters={"t": {"start": start}}, generations=60,
         )  # fmt: skip
-        assert found.fitness > -1e-3
+        assert found.best.fitness > -1e-3
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
@@ -452,11 +453,11 @@ def test_pytrees_are_searched_by_gradients() -> None:
         return -miss * scales
 
     for minibatches in (1, 3):
-        found = em.search_pytrees(
+        found = search_trees(
             parents, score, base=base, examples=examples, method="task_arithmetic", strategy="gradient",
             generations=80, gradient={"minibatches": minibatches, "learning_rate": 0.1},
         )  # fmt: skip
-        for weights in found.parameters.values():
+        for weights in by_group(found).values():
             np.testing.assert_allclose(weights["weight"], (0.8, 0.3), atol=0.02)
 
 
@@ -506,7 +507,7 @@ def test_hybrid_says_what_its_figures_mean(family: Family, tmp_path: Path) -> No
 def test_a_flat_fitness_is_told(family: Family) -> None:
     parents = [{"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)}]
     with pytest.warns(UserWarning, match="the gradient is 0 everywhere"):
-        em.search_pytrees(parents, lambda merged: jnp.round(merged["w"].sum()), strategy="gradient", generations=2)
+        search_trees(parents, lambda merged: jnp.round(merged["w"].sum()), strategy="gradient", generations=2)
 
 
 def test_the_layers_of_a_path_have_no_gradient(family: Family, tmp_path: Path) -> None:
@@ -518,5 +519,5 @@ def test_the_layers_of_a_path_have_no_gradient(family: Family, tmp_path: Path) -
 
 
 def test_a_function_of_the_host_has_no_gradient() -> None:
-    with pytest.raises(InputError, match="host_callback has none"):
-        em.search_pytrees([np.ones(3, np.float32)] * 2, em.host_callback(lambda merged: 0.0), strategy="gradient")
+    with pytest.raises(InputError, match="the strategy gradient follows a gradient, and score has none"):
+        search_trees([np.ones(3, np.float32)] * 2, em.host_callback(lambda merged: 0.0), strategy="gradient")

@@ -12,6 +12,7 @@ from helpers.families import Family, stand_in_for_the_zoo
 from helpers.files import write_json, write_yaml
 from helpers.models import state
 from helpers.searches import search_config
+from helpers.trees import by_group, search_trees
 from hostile import run_script
 from merge_kernels import METHODS, Method, Options, Parameter, Prepared, register
 from reference.merging import clipped_task_arithmetic
@@ -127,11 +128,11 @@ def test_of_pytrees() -> None:
     rng = np.random.default_rng(0)
     base, one, other = ({"layer": rng.normal(size=(5, 7)).astype(np.float32)} for _ in range(3))
     wanted = clipped_task_arithmetic(base["layer"], [one["layer"], other["layer"]], [0.5, 0.5], 1.2).astype(np.float32)
-    found = em.search_pytrees(
+    found = search_trees(
         [one, other], lambda merged: -((merged["layer"] - wanted) ** 2).sum(), base=base, method="clipped",
         parameters={"cap": {}}, generations=15,
     )  # fmt: skip
-    assert abs(found.parameters["layer"]["cap"][0] - 1.2) < 0.05
+    assert abs(by_group(found)["layer"]["cap"][0] - 1.2) < 0.05
 
 
 def test_it_is_listed() -> None:
@@ -212,7 +213,7 @@ def test_a_name_that_is_nearly_right(family: Family, tmp_path: Path) -> None:
     search = ["search", str(write_json(tmp_path / "config.json", config)), "--out", str(tmp_path / "run")]
     for ask in (
         lambda: em.merge({"merge_method": "cliped"}, tmp_path / "out"),
-        lambda: em.search_pytrees([{}], lambda merged: 0.0, method="cliped"),
+        lambda: search_trees([{}], lambda merged: 0.0, method="cliped"),
         lambda: em.load_bank([], method="cliped"),
         lambda: cli.cli.main(search, standalone_mode=False),
     ):

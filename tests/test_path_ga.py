@@ -13,6 +13,7 @@ from helpers.commands import run_here
 from helpers.families import build_family
 from helpers.files import write_yaml
 from helpers.searches import search_in
+from helpers.trees import search_trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import OwnScorer
@@ -288,7 +289,7 @@ def test_a_space_without_moves_is_refused(
 def test_pytrees_have_no_moves() -> None:
     parents = [{"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)}]
     with pytest.raises(em.InputError, match="path_ga searches moves of a layer path"):
-        em.search_pytrees(parents, lambda merged: merged["w"].sum(), strategy="path_ga")
+        search_trees(parents, lambda merged: merged["w"].sum(), strategy="path_ga")
 
 
 def test_repeats_of_repeats_are_too_long_before_they_fill_the_memory() -> None:

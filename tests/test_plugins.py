@@ -97,7 +97,7 @@ def test_a_broken_plugin_is_named_in_a_line(
         )
         assert named in line
     with pytest.raises(em.InputError, match=r"plugin 'mine' of others 1\.2"):
-        em.search_pytrees([{}], lambda merged: 0.0)
+        em.load_models(None, [{}])
     assert command("--help") == 0
 
 

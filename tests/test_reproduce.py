@@ -250,8 +250,6 @@ def test_what_cannot_be_reproduced_is_refused(finished: Path) -> None:
     (finished.parent / "data.jsonl").write_text(text)
     (finished / "result.json").unlink()
     assert "has no winner to compare with; finish it with search … --resume" in refused()
-    (finished / "config.yaml").write_text("search_pytrees: {}\ninputs: {}\n")
-    assert "is a run of search_pytrees" in refused()
     assert not finished.with_name("run-reproduced").exists()
 
 

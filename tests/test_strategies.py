@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.sampling import sample
+from helpers.trees import search_trees
 from pydantic import ValidationError
 
-from evojax_merge import search_pytrees
+import evojax_merge as em
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.search.loop import INIT_KEY, generation_key
@@ -329,6 +330,7 @@ def test_grid_covers_the_grid(dims: int, population: int | None) -> None:
 # Whole searches
 
 PARENTS = [{"a": {"w": np.full(4, k, np.float32)}, "b": {"w": np.arange(4, dtype=np.float32) * k}} for k in (0.0, 1.0)]
+em.register_backend("of_one_group", em.FunctionFactory(groups=lambda path: "all"))
 
 
 def closeness(merged: Any) -> jax.Array:
@@ -336,8 +338,8 @@ def closeness(merged: Any) -> jax.Array:
 
 
 def search(name: str, **settings: Any) -> Any:
-    groups = (lambda path: "all") if name == "grid" else None
-    return search_pytrees(PARENTS, closeness, strategy=name, groups=groups, **({"generations": 4} | settings))
+    backend = "of_one_group" if name == "grid" else None
+    return search_trees(PARENTS, closeness, strategy=name, backend=backend, **settings)
 
 
 class Stop(Exception):
@@ -354,15 +356,15 @@ def test_an_interrupted_search_continues_to_the_byte(name: str, tmp_path: Path) 
     whole = search(name, seeds=seeds, out=tmp_path / "whole")
     with pytest.raises(Stop):
         search(name, seeds=seeds, out=tmp_path / "parts", on_generation=stop)
-    parts = search(name, seeds=seeds, out=tmp_path / "parts", resume=True)
-    assert whole.fitness == parts.fitness
-    for file in ("history.jsonl", "result.json", "best/params.safetensors"):
+    parts = search(name, seeds=seeds, out=tmp_path / "parts", resume=True, generations=2)
+    assert whole.best.fitness == parts.best.fitness
+    for file in ("history.jsonl", "best/model/params.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
 
 
 def test_restarts_continue_to_the_byte(tmp_path: Path) -> None:
     """Interrupted while a doubled population is being collected."""
-    settings: dict[str, Any] = {"population": 4, "generations": 30, "groups": lambda path: "all"}
+    settings: dict[str, Any] = {"population": 4, "backend": "of_one_group"}
 
     def flat(merged: Any) -> jax.Array:
         return 0.0 * jax.tree.leaves(merged)[0].sum()
@@ -372,12 +374,13 @@ def test_restarts_continue_to_the_byte(tmp_path: Path) -> None:
             raise Stop
 
     def run(**rest: Any) -> Any:
-        return search_pytrees(PARENTS, flat, strategy="ipop_cma_es", **settings, **rest)
+        return search_trees(PARENTS, flat, strategy="ipop_cma_es", **settings, **rest)
 
-    run(out=tmp_path / "whole")
+    run(out=tmp_path / "whole", generations=30)
     with pytest.raises(Stop):
-        run(out=tmp_path / "parts", on_generation=stop)
-    run(out=tmp_path / "parts", resume=True)
+        run(out=tmp_path / "parts", generations=30, on_generation=stop)
+    saved = len(em.open_run(tmp_path / "parts").history)
+    run(out=tmp_path / "parts", resume=True, generations=30 - saved)
     assert (tmp_path / "whole/history.jsonl").read_bytes() == (tmp_path / "parts/history.jsonl").read_bytes()
 
 
@@ -443,7 +446,7 @@ def test_no_seeds_are_the_search_as_it_was() -> None:
 def test_seeds_of_task_vectors() -> None:
     base = {"w": np.zeros(4, np.float32)}
     parents = [{"w": np.arange(4, dtype=np.float32)}, {"w": -np.ones(4, np.float32)}]
-    found = search_pytrees(
+    found = search_trees(
         parents, lambda merged: -jnp.square(merged["w"]).sum(), base=base, method="ties", population=8, generations=1,
         parameters={"weight": {"low": 0.1, "high": 1.5}, "density": {"start": 0.6}},
         seeds=["uniform", "parents", "trimmed_parents", "task_vectors"],
@@ -503,9 +506,9 @@ def test_what_a_strategy_cannot_take_is_told(
 
 
 def test_seeds_that_a_space_has_not_are_told() -> None:
-    with pytest.raises(InputError, match=r"^search_pytrees: seeds: trimmed_parents: linear searches no density here; "):
+    with pytest.raises(InputError, match=r"seeds: trimmed_parents: linear searches no density here; "):
         search("cma_es", seeds=["trimmed_parents"])
-    with pytest.raises(InputError, match=r"^search_pytrees: search: seeds"):
+    with pytest.raises(InputError, match=r"search.seeds"):
         search("cma_es", seeds=["best"])
     with pytest.raises(ValidationError):
         SearchConfig(seeds=["best"])

@@ -1,4 +1,4 @@
-"""A search strategy of one's own: written here alone, found by its name in configs and by `search_pytrees`."""
+"""A search strategy of one's own: written here alone, found by its name in configs and in a study."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,10 @@ import yaml
 from flax import struct
 from helpers.files import write_lines, write_yaml
 from helpers.searches import open_problem, search_config, task_section
+from helpers.trees import search_trees
 from hostile import run_script
 
 import evojax_merge as em
-from evojax_merge import search_pytrees
 from evojax_merge.commands import search as search_command
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.schema.yaml_reader import load_yaml
@@ -187,13 +187,13 @@ def test_its_capabilities_are_data():
         assert (lent == np.asarray(genomes)[3]).all() if able else lent is None
 
 
-def test_search_pytrees_takes_it():
+def test_a_study_takes_it():
     def fitness(merged):
         return -jnp.square(merged["w"] - 0.25).sum()
 
     parents = [{"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)}]
-    found = search_pytrees(parents, fitness, strategy="hill_climber", generations=60, fixed={}, normalize=True)
-    assert found.fitness > -1e-3
+    found = search_trees(parents, fitness, strategy="hill_climber", generations=60, fixed={}, normalize=True)
+    assert found.best.fitness > -1e-3
     assert [row["highest"] for row in found.history] == [row["best_so_far"] for row in found.history]
 
 
@@ -245,4 +245,4 @@ def test_what_a_strategy_cannot_be_is_told(config):
     register_strategy("narrow", lambda settings: Narrow(settings.dims, 5, settings.sigma))
     parents = [{"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)}]
     with pytest.raises(Failed, match=r"hill_climber asked for genomes of shape \[5, 1\]; expected \[5, 2\]"):
-        search_pytrees(parents, lambda merged: merged["w"].sum(), strategy="narrow")
+        search_trees(parents, lambda merged: merged["w"].sum(), strategy="narrow")

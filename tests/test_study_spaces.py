@@ -15,6 +15,7 @@ import toy_backend
 import yaml
 from helpers.families import Family
 from helpers.files import write_yaml
+from helpers.trees import search_trees
 from hostile import run_command
 from safetensors.numpy import load_file
 from test_backend_seam import TOY_KIND, network, register_toy
@@ -58,7 +59,7 @@ def test_a_study_of_pytrees_is_their_search() -> None:
     for _ in range(2):
         genomes = study.ask()
         study.tell(genomes, study.evaluate(genomes))
-    short = em.search_pytrees(
+    short = search_trees(
         [ONE, TWO], closeness, base=BASE, method="task_arithmetic", parameters={"weight": {"high": 1.5}}, population=4,
         generations=2, seed=3,
     )  # fmt: skip

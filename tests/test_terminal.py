@@ -16,6 +16,7 @@ import yaml
 from helpers.commands import run_here
 from helpers.files import read_lines, write_yaml
 from helpers.sampling import thorough
+from helpers.trees import search_trees
 from hostile import run_command, run_python
 from rich.console import Console
 from safetensors.numpy import save_file
@@ -228,9 +229,10 @@ def test_a_log_that_cannot_be_written_ends_with_a_warning(
 def test_python_prints_nothing_and_logs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = config.parent / "trees"
     trees = [{"w": np.full(2, value, np.float32)} for value in (0.0, 1.0)]
-    em.search_pytrees(trees, lambda tree: -((tree["w"] - 0.3) ** 2).sum(), generations=2, population=4, out=out)
+    search_trees(trees, lambda tree: -((tree["w"] - 0.3) ** 2).sum(), generations=2, population=4, out=out)
     assert capsys.readouterr().out == ""
-    assert [line.split("  ")[0] for line in logged_lines(out)][-2:] == ["generation 1/2", "generation 2/2"]
+    lines = [line.split("  ")[0] for line in logged_lines(out)]
+    assert [line for line in lines if line.startswith("generation ")] == ["generation 1/2", "generation 2/2"]
 
 
 def test_every_kind_of_space_knows_its_parents() -> None:

@@ -1,4 +1,4 @@
-"""Does a merge of pytrees read all digits? Two experts of an image classifier, merged by `search_pytrees`.
+"""Does a merge of pytrees read all digits? Two experts of an image classifier, merged by a `Study`.
 
 python -m bench digits 3             # the family of seed 3; by default that of seed 0
 
@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from evojax_merge.api.pytrees import Generation, PytreeSearch, search_pytrees
+import evojax_merge as em
 from evojax_merge.zoo.digit_images import HIGH, LOW, load_digit_images
 
 BATCH = 64
@@ -123,19 +123,15 @@ def uniform(family: Family) -> Reader:
     return jax.tree.map(lambda a, b: (a + b) / 2, *family.experts)
 
 
-def evolve(family: Family, seed: int, plan: Plan, on_generation: Callable[[Generation], None]) -> PytreeSearch:
+def evolve(family: Family, seed: int, plan: Plan, on_generation: Callable[[em.Generation], None]) -> em.Run:
     """Search a weight for each layer of each expert, scored by the log-probabilities of the right digits."""
-    return search_pytrees(
-        family.experts,
-        lambda model: log_probabilities(model, family.search),
-        base=family.base,
-        method="task_arithmetic",
-        parameters={"weight": {"low": -0.5, "high": 2.0}},
-        population=plan.population,
-        generations=plan.generations,
-        seed=seed,
-        on_generation=on_generation,
-    )
+    models = em.load_models(family.base, family.experts)
+    space = em.MergeSpace(models, "task_arithmetic", parameters={"weight": {"low": -0.5, "high": 2.0}})
+
+    def fitness(model: Reader) -> jax.Array:
+        return log_probabilities(model, family.search).mean()
+
+    return em.Study(models, space, fitness, population=plan.population, seed=seed).run(plan.generations, on_generation)
 
 
 def main() -> None:
@@ -146,22 +142,22 @@ def main() -> None:
     family = make_family(seed, plan)
     print(f"trained the family in {time.perf_counter() - started:.0f} s")
 
-    def tell(generation: Generation) -> None:
+    def tell(generation: em.Generation) -> None:
         if (generation.number + 1) % 10 == 0:
             print(f"generation {generation.number + 1}: log-probability {generation.best_so_far:.3f}")
 
-    result = evolve(family, seed, plan, tell)
+    run = evolve(family, seed, plan, tell)
     models = {
         "base": family.base, "expert for 0 to 4": family.experts[0], "expert for 5 to 9": family.experts[1],
-        "uniform merge": uniform(family), "evolved merge": result.best,
+        "uniform merge": uniform(family), "evolved merge": run.best.merged(),
     }  # fmt: skip
     print(f"\n{'held-out accuracy':20}    all    0-4    5-9")
     for name, model in models.items():
         shares = [accuracy(model, part) for part in (family.heldout, *map(family.heldout.only, (LOW, HIGH)))]
         print(f"{name:20}{''.join(f'{share:7.1%}' for share in shares)}")
     print("\nweights of the experts by layer:")
-    for layer, values in result.parameters.items():
-        print(f"  {layer:10} {', '.join(f'{weight:5.2f}' for weight in values['weight'])}")
+    for name, weight in run.best.parameters.items():
+        print(f"  {name:28} {weight:5.2f}")
     print(f"{len(family.heldout.labels)} held-out images; {time.perf_counter() - started:.0f} s")
 
 

@@ -9,7 +9,7 @@ evaluate as many merges as the others:
 - `pool`: ours, bred by SLERP with a split point, complementary pairs, competition for examples, a generation at a time;
 - `M2N2`: written from its paper (arXiv 2508.16204): an archive of 20, one child at a time, the parents drawn by what
   each gains of the examples' worth, and by attraction; SLERP of all weights with a split point anywhere;
-- `cma_es`: `search_pytrees` over a weight for each parent and layer (linear);
+- `cma_es`: a `Study` of a weight for each parent and layer (linear);
 - `uniform`: the mean of the two, for comparison.
 
 Printed are medians (and quartiles) over seeds; a seed changes the images, the networks and the search.
@@ -27,8 +27,8 @@ import numpy as np
 import optax
 from merge_kernels import METHODS, merge_tensor
 
+import evojax_merge as em
 from bench.shared.machine import describe
-from evojax_merge.api.pytrees import search_pytrees
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.schema.genealogy import Member, founding_genealogy
@@ -259,13 +259,12 @@ def run_cma_es(experts: Sequence[Network], images: Images, evaluations: int, see
     layered = [{name: own for name, own in as_layers(expert).items() if name != "units"} for expert in experts]
 
     def fitness(layers: Network) -> jax.Array:
-        return right(network(layers), images.pixels, images.labels).astype(jnp.float32)
+        return right(network(layers), images.pixels, images.labels).mean()
 
-    found = search_pytrees(
-        layered, fitness, normalize=False, parameters={"weight": {"low": 0.0, "high": 1.5}}, population=ARCHIVE,
-        generations=evaluations // ARCHIVE, seed=seed,
-    )  # fmt: skip
-    for row in found.history:
+    models = em.load_models(None, layered)
+    space = em.MergeSpace(models, "linear", normalize=False, parameters={"weight": {"low": 0.0, "high": 1.5}})
+    run = em.Study(models, space, fitness, population=ARCHIVE, seed=seed).run(evaluations // ARCHIVE)
+    for row in run.history:
         for genome, searched in zip(row["genomes"], row["fitness"], strict=True):
             course.add(searched or 0.0, partial(network, merge_of(layered, np.asarray(genome))))
 

@@ -12,7 +12,7 @@ to 9, from different random weights. From experts every method may evaluate 10,0
   GA is M2N2 without competition and attraction; MAP-Elites has a cell for each tenth of the accuracies on odd and on
   even digits;
 - `brute force`: SLERP of the experts at as many places;
-- `cma_es`: this program's search of a weight for each expert and array, by `search_pytrees`;
+- `cma_es`: this program's search of a weight for each expert and array, by a `Study`;
 - `sep_cma_es`: this program's strategy over all 19,210 weights, from scratch.
 
 From scratch a child's weights are mutated by noise of 0.01. All children are SLERPs with a split point anywhere among
@@ -33,10 +33,10 @@ import numpy as np
 import optax
 from merge_kernels import METHODS, merge_tensor
 
+import evojax_merge as em
 from bench.searches.m2n2 import ARCHIVE, Correct, shown
 from bench.searches.strategy_functions import scores_of
 from bench.shared.machine import describe
-from evojax_merge.api.pytrees import search_pytrees
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.schema.genealogy import Member, founding_genealogy
@@ -299,12 +299,15 @@ def run_pool(networks: jax.Array, evaluations: int, seed: int) -> float:
 
 def run_cma_es(networks: jax.Array, evaluations: int, seed: int) -> float:
     images, heldout = load_images()
-    merged = search_pytrees(
-        [arrays_of(np.asarray(network)) for network in networks],
-        lambda arrays: (logits(arrays, images.pixels).argmax(axis=1) == images.labels).astype(jnp.float32),
-        groups=lambda path: path, normalize=False, parameters={"weight": {"low": 0.0, "high": 1.5}},
-        population=ARCHIVE, generations=evaluations // ARCHIVE, seed=seed,
-    ).best  # fmt: skip
+    # By the keys of the arrays: each has weights of its own.
+    models = em.load_models(None, [arrays_of(np.asarray(network)) for network in networks])
+    space = em.MergeSpace(models, "linear", normalize=False, parameters={"weight": {"low": 0.0, "high": 1.5}})
+
+    def fitness(arrays: Any) -> jax.Array:
+        return (logits(arrays, images.pixels).argmax(axis=1) == images.labels).mean()
+
+    study = em.Study(models, space, fitness, population=ARCHIVE, seed=seed)
+    merged = study.run(evaluations // ARCHIVE).best.merged()
     return float((logits(merged, heldout.pixels).argmax(axis=1) == heldout.labels).mean())
 
 

@@ -74,8 +74,7 @@ def _plain_scalar(where: str, value: Any) -> Any:
     # Subclasses of texts and numbers, such as enums, have other texts than their values.
     if value is None or type(value) in (bool, int, float, str, bytes, date, datetime):
         return value
-    what = f"holds what no YAML can say ({('cannot represent an object', value)})"
-    raise InputError(where, f"{what}; expected numbers, texts and lists")
+    raise InputError(where, f"holds {shown(value)}, which no YAML can say; expected numbers, texts and lists")
 
 
 def genome_array(name: str, value: Any, shape: tuple[str | int, ...]) -> np.ndarray:

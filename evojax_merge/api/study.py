@@ -6,8 +6,10 @@ Each object is a part of a config document. The tasks are checked where the stud
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,9 +17,8 @@ import numpy as np
 from evojax_merge import plugins
 from evojax_merge.api.models import with_warnings
 from evojax_merge.api.python_calls import Location, PythonCall, genome_array, ignore, plain_data
-from evojax_merge.api.pytrees import HostCallback, HostFitness
 from evojax_merge.api.spaces import Models, Space
-from evojax_merge.api.trials import Run, Searched, TrialSource, open_run, score_table
+from evojax_merge.api.trials import Run, Searched, TrialSource, score_table
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.commands.search import run_search
 from evojax_merge.config.search_config import Config
@@ -29,7 +30,7 @@ from evojax_merge.problem import build_problem, config_from, plugins_of, resolve
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.frame import history_frame
 from evojax_merge.report.stored_run import best_facts
-from evojax_merge.schema.arguments import check_arguments
+from evojax_merge.schema.arguments import check_arguments, check_call
 from evojax_merge.schema.section import Form
 from evojax_merge.search.answers import ask, metrics, tell
 from evojax_merge.search.checkpoints import Checkpoints
@@ -49,6 +50,24 @@ from evojax_merge.tasks.python_functions import PREFIX
 
 # The name of a study's document in messages.
 WHERE = Path("Study")
+
+
+@dataclass(frozen=True)
+class HostFitness:
+    """A fitness that is called with each merged pytree in turn, instead of being compiled with the merge."""
+
+    function: Callable[..., Any]
+
+
+HostCallback = Annotated[HostFitness, Form("a host_callback")]
+
+
+def host_callback(function: Callable[..., Any]) -> HostFitness:
+    """Mark a fitness that JAX cannot trace: a simulator, a metric of another library, an evaluation in batches."""
+    check_arguments(host_callback, locals())
+    return HostFitness(function)
+
+
 Task = Mapping[str, Any] | HostCallback | Callable[..., Any]
 Split = Literal["search", "validation", "heldout"]
 
@@ -60,7 +79,8 @@ class Study(Searched, Described):
     the tasks, that candidates are scored on, made by `tasks.ExactMatch` and its like, or mappings in a config's form;
     for pytrees also functions (model) -> a number, which JAX traces, or `host_callback(function)`. strategy:
     `strategies.cma_es(population=16)` and its like, or a name, such as `auto`; None: CMA-ES with its default
-    population, or that of a pool. out: the run folder, which `run` needs. seed: the seed of all random numbers.
+    population, or that of a pool. out: the run folder; None: a temporary one, which is there as long as the study and
+    the runs that it returned. seed: the seed of all random numbers.
     validation: the share of the examples that is kept back to choose the winner on. resume, overwrite: continue, or
     replace, the run that lies in `out`. evaluation, export_dtype, scale, log: as in a config. search: other keys of a
     config's `search`, such as `finalists`, `rungs`, `stop`, `budget` and `controls`.
@@ -186,6 +206,7 @@ class Study(Searched, Described):
         a study.
         """
         check_arguments(Study.run, locals())
+        check_call("Study.run: on_generation", on_generation, ["generation"])
         budget = self._parsed.search.budget
         if (generations is None) == (budget is None):
             raise InputError(
@@ -194,13 +215,14 @@ class Study(Searched, Described):
             )  # fmt: skip
         if generations is not None and generations < 1:
             raise InputError("Study.run: generations", f"{generations}; expected 1 or more")
-        if self.out is None:
-            raise InputError("Study.run: out", "missing; a run needs a run folder, give it to Study")
         if self._rows:
             raise InputError(
                 "Study.run", f"{len(self._rows)} generations of this study were told by hand, in memory, and its run "
                 "folder has none of them; use another Study",
             )  # fmt: skip
+        if self.out is None:
+            self._temporary = TemporaryDirectory(prefix="evojax-merge-")
+            self.out = Path(self._temporary.name) / "run"
         config = self._parsed
         if generations is not None:
             wanted = len(self._saved_history()) + generations
@@ -213,7 +235,7 @@ class Study(Searched, Described):
                     WHERE, config, self.out, resume=self._resume, overwrite=self._overwrite, on_started=begun.append,
                     on_generation=on_generation, force=force,
                 )  # fmt: skip
-                return with_warnings(open_run(self.out))
+                return with_warnings(Run(self.out, self))
         finally:
             self._state = None
             if begun:

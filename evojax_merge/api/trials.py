@@ -183,6 +183,8 @@ class Run(Searched, Described):
     be watched; a property whose file does not exist yet is None, or empty."""
 
     path: Path
+    # The study whose functions, pytrees or temporary run folder the run needs.
+    _study: object = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_arguments(type(self).__init__, vars(self))
@@ -224,7 +226,7 @@ class Run(Searched, Described):
     @property
     def finished(self) -> bool:
         """Return whether the search has chosen its winner after the last saved generation."""
-        return (self.model or self.params) is not None and self._folder.is_finished()
+        return self.model is not None and self._folder.is_finished()
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -260,11 +262,6 @@ class Run(Searched, Described):
     def model(self) -> Path | None:
         """The winner's folder."""
         return self._folder.model if self._folder.model.is_dir() else None
-
-    @property
-    def params(self) -> Path | None:
-        """The winner of `search_pytrees`: a safetensors file, its leaves by their paths."""
-        return self._folder.params if self._folder.params.is_file() else None
 
     @property
     def method(self) -> str:
@@ -320,7 +317,6 @@ class Run(Searched, Described):
         name, named_values = document.get("backend", "decoder"), self.named_values()
 
         def check() -> None:
-            self._check_models()
             check_inputs(folder)
             if "random_numbers" in document:
                 check_masks(folder)
@@ -330,13 +326,8 @@ class Run(Searched, Described):
             .merges_recipes, check, tuple(folder.parts),
         )  # fmt: skip
 
-    def _check_models(self) -> None:
-        if "tasks" not in self.config:
-            raise InputError(self.path, "is a run of search_pytrees, whose pytrees lie in no file")
-
     def _open(self) -> Backend:
         """The models of the run's last stage."""
-        self._check_models()
         with PythonCall():
             folder = self._folder
             config = last_stage(folder)

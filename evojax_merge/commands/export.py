@@ -196,8 +196,6 @@ def export(
         output.write_best_so_far()
     elif folder.recipe.exists():
         output.write(folder.recipe, read_text(folder.recipe), _winners_card(folder))
-    elif folder.params.exists():
-        raise InputError(run, f"is a run of search_pytrees, whose winner is a pytree: best/{folder.params.name}")
     else:
         more = "finish it with search … --resume, or pass --best-so-far"
         raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")

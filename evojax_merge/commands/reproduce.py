@@ -12,7 +12,7 @@ from evojax_merge.search.environment import differences, environment, read_sessi
 from evojax_merge.search.reproduction import parting
 from evojax_merge.search.run_folder import is_run
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.search.run_schema import read_result, read_run_config
+from evojax_merge.search.run_schema import read_result
 from evojax_merge.system.console import console
 
 
@@ -22,8 +22,6 @@ def reproduce(run: Path, out: Path | None) -> None:
     folder = RunFolder(Path(os.path.abspath(run)))
     if not is_run(folder):
         raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
-    if "search_pytrees" in read_run_config(folder.config):
-        raise InputError(run, "is a run of search_pytrees, whose functions no config holds; run its program again")
     if not (folder.is_finished() and folder.recipe.is_file() and folder.model.is_dir()):
         raise InputError(run, "has no winner to compare with; finish it with search … --resume")
     # A damaged recipe shows before the long work.

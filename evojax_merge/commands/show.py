@@ -20,8 +20,7 @@ def show(path: Path) -> None:
         return
     if run.result.table:
         console.print(heldout_table(run.result).terminal("Held-out scores"))
-    winner = next((place for place in (folder.model, folder.params) if place.exists()), None)
-    if winner is not None:
-        console.print(f"winner: {winner}", soft_wrap=True)
+    if folder.model.exists():
+        console.print(f"winner: {folder.model}", soft_wrap=True)
     for sentence in sentences(run.result):
         console.print(sentence, style="bold", soft_wrap=True)

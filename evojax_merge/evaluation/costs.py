@@ -142,8 +142,9 @@ def scan_length(eqn: Any) -> int:
 
 
 def cost_of(jaxpr: Any, trips: Trips = scan_length, platform: Platform | None = None) -> Cost:
-    """The cost of a closed jaxpr. Among branches the one with the most FLOPs counts; where the compilation target
-    selects the branch, that of `platform`."""
+    """The cost of a closed jaxpr. Among branches the one with the most FLOPs counts, half of it where another computes
+    nothing: blocks of a causal row are skipped so. Where the compilation target selects the branch, that of `platform`
+    counts."""
     products: Counter[Product] = Counter()
     elementwise = 0.0
     inner_cost = Cost()
@@ -157,7 +158,7 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length, platform: Platform | None = 
         elif name == "ragged_dot_general":
             products[_ragged_product(eqn)] += 1
         elif name == "cond":
-            inner_cost += max(inner, key=lambda cost: cost.flops)
+            inner_cost += max(inner, key=lambda cost: cost.flops) * (1.0 if all(cost.flops for cost in inner) else 0.5)
         elif inner:
             times = trips(eqn) if name in ("scan", "while") else 1
             if is_of_one_device(eqn):

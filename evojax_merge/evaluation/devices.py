@@ -16,7 +16,6 @@ from hashlib import sha256
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -429,4 +428,4 @@ def pad_chunk(candidates: Any, rows: Sequence[int] | np.ndarray, size: int) -> A
 
 def tree_nbytes(tree: Any) -> int:
     """Bytes of a pytree of arrays or of their shapes."""
-    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -36,7 +36,7 @@ def stored_values(folder: RunFolder) -> NamedValues:
     """The function from a run's genomes to the searched parameters by their names. A run of language models needs the
     first parent's headers. The run folder of other models holds all names, and no model is opened."""
     document = read_run_config(folder.config)
-    if "tasks" not in document:  # a run of search_pytrees
+    if "tasks" not in document:  # a run of pytrees by version 0.1
         return gene_values
     opened: tuple[Any, list[str]] | None = None
     if "backend" not in document:
@@ -83,7 +83,7 @@ def winner_fitness(
         for number, candidate in enumerate(row["genomes"]):
             if np.array_equal(np.array(candidate, np.float32), genome):
                 return row["fitness"][number], "search"
-    # A run of search_pytrees has the fitness of the split alone that the winner was chosen on.
+    # A run of pytrees by version 0.1 has the fitness of the split alone that the winner was chosen on.
     if result.search_fitness:
         return result.search_fitness.get("winner"), "search"
     return result.validation_fitness.get("winner"), "validation"
@@ -99,6 +99,6 @@ def best_facts(history: Sequence[Mapping[str, Any]], result: StoredResult | None
 
 def method_in(config: Mapping[str, Any]) -> str:
     """The name of a config's merge method, or of the kind of its space."""
-    space = config.get("space") or config.get("search_pytrees") or {}
+    space = config.get("space") or {}
     kinds = (key for key in [*Config.kinds, "stages"] if config.get(key))
     return space.get("method") or next(kinds, "unknown")

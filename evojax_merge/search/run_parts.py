@@ -90,8 +90,6 @@ class RunFolder:
     table = _Place("history.csv")
     best = _Place("best")
     recipe = _Place("best/recipe.yaml")
-    # The winner of `search_pytrees`, its leaves by their paths.
-    params = _Place("best/params.safetensors")
     model = _Place("best/model")
     front = _Place("best/front")
     # The adapter by which the winner is polished.
@@ -122,7 +120,7 @@ class RunFolder:
     def files(self) -> list[Path]:
         """The files that a search writes, those of best/ included."""
         history = [self.history, self.history_backup, self.timing, self.table]
-        results = [self.result, self.heldout_answers, self.controls, self.page, self.recipe, self.params]
+        results = [self.result, self.heldout_answers, self.controls, self.page, self.recipe]
         return [self.config, *history, self.environment, self.log, *results]
 
     @property
@@ -159,7 +157,7 @@ class RunFolder:
         result. A run without progress failed before the end of its first generation, or was killed there."""
         lines = any(next(whole_lines(file), None) is not None for file in (self.history, self.history_backup))
         steps = any(_STEP.fullmatch(path.name) for path in entries(self.checkpoints))
-        results = any(map(os.path.lexists, (self.result, self.recipe, self.params, self.model, self.front)))
+        results = any(map(os.path.lexists, (self.result, self.recipe, self.model, self.front)))
         return lines or steps or results or any(stage.has_progress() for stage in self.begun_stages())
 
     def kept_winners(self) -> list[Path]:
@@ -357,7 +355,7 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
     page = [folder.page] if may_replace(folder.page, is_page) else []
     table = [folder.table] if may_replace(folder.table, TABLE_MARK.match) else []
     remove_log(folder)
-    for file in (folder.result, folder.heldout_answers, folder.controls, *page, *table, folder.recipe, folder.params):
+    for file in (folder.result, folder.heldout_answers, folder.controls, *page, *table, folder.recipe):
         remove_file(file)
     stages = [stage.path for stage in folder.begun_stages()]
     for path in (folder.model, folder.adapter, folder.front, *folder.kept_winners(), *stages):

@@ -235,7 +235,7 @@ class StoredResult(Stored):
     layers: Annotated[Count, Field(le=MAX_LAYERS)] = 0
     path: StoredPath | None = None
     groups: list[str] = []
-    # Parameter -> [groups][columns]; from search_pytrees group -> parameter -> [columns].
+    # Parameter -> [groups][columns]; by version 0.1 also group -> parameter -> [columns].
     parameters: dict[str, list[list[Number]] | dict[str, list[Number]]] = {}
     genome: list[Float32] = []
     # The sentences of the terminal; a run of an earlier version has none.
@@ -321,7 +321,6 @@ class StoredConfig(Stored):
     data_flow: dict[str, Any] | None = None
     pool: dict[str, Any] | None = None
     mixture: dict[str, Any] | None = None
-    search_pytrees: dict[str, Any] | None = None
     tasks: list[dict[str, Any]] = []
     groups: list[str] = []
     inputs: dict[str, str]

@@ -62,7 +62,7 @@ class ArrayTask(TaskDefaults):
     weight: float = 1.0
     traced: bool = True
     where: str = "task"
-    untraced: str = "say traced: false, and it is called with each merged model"
+    untraced: str = "say traced: false, or in Python host_callback, and it is called with each merged model"
     files: tuple[Path, ...] = ()
     places: tuple[tuple[str, str], ...] = ()
     compared: Any = None
@@ -185,7 +185,7 @@ def open_arrays(config: ArraysConfig, opening: Opening) -> ArrayTask:
     key, reference = opening.source("file", config.file)
     if is_reference(reference):
         examples = find_tree(f"{opening.where}.{key}", reference)
-        check_examples(f"{opening.where}.{key}", examples)
+        check_examples(f"{opening.where}.{'examples' if key == 'file' else key}", examples)
         return make(examples, files=function.files, places=(("file", reference), function_place))
     file = opening.file(key, reference)
     return make(read_examples(file), files=(file, *function.files), places=(("file", str(file)), function_place))

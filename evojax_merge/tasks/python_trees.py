@@ -1,7 +1,7 @@
 """Pytrees that a Python program gives to a search in place of files: models, and arrays of examples.
 
-A config is text, so a pytree stands in it as `python:NAME@DIGEST`. The digest is of all arrays: a pytree that has
-changed has another reference, and a run is not resumed with it.
+A config is text, so a pytree stands in it as `python:NAME@DIGEST`. The digest is of its containers and all arrays: a
+pytree that has changed has another reference, and a run is not resumed with it.
 """
 
 import hashlib
@@ -32,11 +32,20 @@ _trees: WeakValueDictionary[str, PythonTree] = WeakValueDictionary()
 
 def hold_tree(where: str, name: str, tree: Any) -> PythonTree:
     """A pytree for a config. name: in its reference. Raises InputError for an object that is no pytree."""
-    leaves, _ = flatten(where, tree)
-    digest = hashlib.sha256("\n".join(map(shown_path, (path for path, _ in leaves))).encode())
+    leaves, structure = flatten(where, tree)
+    # A module and its state have the same paths and arrays.
+    texts = [*(shown_path(path) for path, _ in leaves), *_containers(structure)]
+    digest = hashlib.sha256("\n".join(texts).encode())
     digest.update(digest_of([leaf for _, leaf in leaves]).encode())
     reference = f"{PREFIX}{name}@{digest.hexdigest()[:DIGEST]}"
     return _trees.setdefault(reference, PythonTree(reference, tree))
+
+
+def _containers(structure: Any) -> list[str]:
+    """The names of the types of a pytree's nodes, from the top."""
+    node = structure.node_data()
+    inner = [name for child in structure.children() for name in _containers(child)]
+    return inner if node is None else [node[0].__qualname__, *inner]
 
 
 def find_tree(where: str, reference: str) -> Any:
@@ -70,10 +79,12 @@ def is_key(leaf: Any) -> bool:
 
 
 def digest_of(leaves: Sequence[Any]) -> str:
-    """SHA-256 of arrays in their order."""
+    """SHA-256 of arrays in their order; arrays of objects, which no search takes, count by their shapes."""
     digest = hashlib.sha256()
     for leaf in leaves:
         array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
         digest.update(f"{array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+        digest.update(
+            np.ascontiguousarray(array).view(np.uint8).data if array.size and not array.dtype.hasobject else b""
+        )
     return digest.hexdigest()

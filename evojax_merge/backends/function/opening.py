@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.backends.backend import Resolve
@@ -23,7 +22,7 @@ from evojax_merge.spaces.search_parameters import method_with_base, options_of, 
 from evojax_merge.system.user_modules import reference_from_anywhere
 from evojax_merge.tasks.arrays import read_npz
 from evojax_merge.tasks.python_functions import is_reference
-from evojax_merge.tasks.python_trees import find_tree, shown_path
+from evojax_merge.tasks.python_trees import find_tree, is_key, shown_path
 
 # The winner's file in its folder.
 PARAMS = "params.safetensors"
@@ -63,20 +62,17 @@ def load_tree(path: Path) -> Any:
 
 
 def save_tree(tree: Any, folder: Path) -> None:
-    """Write a pytree into a folder as `params.safetensors`, its leaves by their paths."""
+    """Write a pytree into a folder as `params.safetensors`, its leaves by their paths, without keys of random
+    numbers."""
     from safetensors.numpy import save_file
 
-    save_file(named_arrays(tree), folder / PARAMS)
-
-
-def named_arrays(tree: Any) -> dict[str, np.ndarray]:
-    """The leaves of a pytree by their paths, without keys of random numbers."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
+    arrays = {
         shown_path(path) or "params": np.ascontiguousarray(np.asarray(leaf))
         for path, leaf in leaves
-        if not jax.dtypes.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.extended)
+        if not is_key(leaf)
     }
+    save_file(arrays, folder / PARAMS)
 
 
 def tree_merge(
