@@ -249,11 +249,10 @@ def build_problem(
     settings = None if pool is None else PoolSettings(
         len(config.parents), len(pool.methods), pool.members(len(config.parents)), pool.selection, pool.replace
     )  # fmt: skip
-    opened = open_search(
+    search, strategy, notes = _open_search(
         f"{where}: search", config.search, backend.facts.space, tasks, limits, backend.facts.has_derivatives, settings,
         any(section.guard for section in config.tasks),
     )  # fmt: skip
-    strategy = opened.strategy
     if config.data_flow is not None and config.data_flow.scales == "none" and differentiates(strategy) is not None:
         raise InputError(
             f"{where}: search.strategy",
@@ -268,11 +267,11 @@ def build_problem(
             f"{' or '.join(JUDGED_KINDS)}); take another strategy, such as cma_es",
         )  # fmt: skip
     _check_guards(where, config, backend, strategy)
-    problem = searchable(where, opened, config.seed, backend, tasks, limits)
+    problem = _searchable(where, search, strategy, config.seed, backend, tasks, limits)
     guards = {section.name: section.tolerance for section in config.tasks if section.guard}
     metrics = [task.metric for task, _ in tasks]
     scale = _scale(f"{where}: scale", config, metrics, backend)
-    return replace(problem, scale=scale, guards=guards, config=config, reopen=reopen)
+    return replace(problem, scale=scale, guards=guards, config=config, reopen=reopen, notes=notes)
 
 
 def _scale(where: str, config: Config, metrics: Sequence[str], backend: Any) -> ScaleBy:
@@ -315,23 +314,14 @@ def _check_guards(where: str, config: Config, backend: Any, strategy: Strategy) 
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class OpenedSearch:
-    """A search whose strategy and number of generations are decided. notes: lines on the choice."""
-
-    search: SearchConfig
-    strategy: Strategy
-    notes: tuple[str, ...]
-
-
-def open_search(
+def _open_search(
     where: str, search: SearchConfig, space: Space, tasks: Sequence[tuple[Any, Any]], limits: Sequence[int | None],
-    is_differentiable: bool = True, pool: PoolSettings | None = None, is_guarded: bool = False,
-) -> OpenedSearch:  # fmt: skip
+    is_differentiable: bool, pool: PoolSettings | None, is_guarded: bool,
+) -> tuple[SearchConfig, Strategy, tuple[str, ...]]:  # fmt: skip
     """Decide on the strategy of a search, where it names `auto`, and on its generations, where it has a budget, and
-    make the strategy. tasks, limits: see `searchable`; is_differentiable: whether candidates have derivatives with
-    respect to all genes; pool: of a search over a pool's members; is_guarded: whether a task is a constraint. Raises
-    InputError as `build_strategy` does, and for a budget that the search cannot keep."""
+    make the strategy; with lines on the choice. tasks, limits: see `_searchable`; is_differentiable: whether candidates
+    have derivatives with respect to all genes; pool: of a search over a pool's members; is_guarded: whether a task is a
+    constraint. Raises InputError as `build_strategy` does, and for a budget that the search cannot keep."""
     weighted = [(task, limit) for (task, _), limit in zip(tasks, limits, strict=True) if task.weight > 0]
     sizes = [task.size - round(search.validation * task.size) for task, _ in weighted]
     examples = min(
@@ -358,18 +348,17 @@ def open_search(
     if most is not None:
         search = search.model_copy(update={"generations": min(most, search.generations)})
     note = gradient_note(search, strategy, traits)
-    return OpenedSearch(search, strategy, (*notes, *([] if note is None else [note])))
+    return search, strategy, (*notes, *([] if note is None else [note]))
 
 
-def searchable(
-    where: str, opened: OpenedSearch, seed: int, backend: Backend, tasks: Sequence[tuple[Any, Any]],
-    limits: Sequence[int | None],
+def _searchable(
+    where: str, search: SearchConfig, strategy: Strategy, seed: int, backend: Backend,
+    tasks: Sequence[tuple[Any, Any]], limits: Sequence[int | None],
 ) -> SearchProblem:  # fmt: skip
     """A search over a backend's models. tasks: each on its searched and its held-out examples (None: it has none);
     limits: for each task the number of searched examples that generations are scored on, None: all.
 
     Raises InputError where a split would have no example, and for a task that the strategy cannot differentiate."""
-    search, strategy = opened.search, opened.strategy
     full, validation = validation_split(
         f"{where}: search.validation", [task for task, _ in tasks], search.validation, seed
     )
@@ -396,7 +385,7 @@ def searchable(
         tuning=_tuning_parts(searched, lengths, seed) if "lora" in search.controls or search.then else [],
     )
     strata = [length_strata(lengths(task), len(shards)) for task in choice or ()]
-    return SearchProblem(search, seed, backend, strategy, splits, strata, notes=opened.notes)
+    return SearchProblem(search, seed, backend, strategy, splits, strata)
 
 
 def _check_controls(where: str, search: SearchConfig, backend: Backend, has_heldout: bool) -> None:

@@ -427,6 +427,7 @@ WRONG: list[tuple[Callable[[Family, em.Study], Any], str]] = [
     (lambda family, study: make(family, seed=True), "Study: seed: True"),
     (lambda family, study: make(family, resume=True), "Study: resume: there is no run folder; give `out`"),
     (lambda family, study: make(family, out=3), "Study: out: 3"),
+    (lambda family, study: untouched(family).run(1), "Study.run: out: missing"),
     (lambda family, study: untouched(family).run(0), "Study.run: generations: 0"),
     (lambda family, study: untouched(family).run(2.0), "Study.run: generations: 2.0; expected a whole number"),
     (lambda family, study: untouched(family).best, "Study.best: there is no generation yet"),

@@ -37,7 +37,8 @@ _NO_TASKS = [{"name": "task", "kind": "likelihood", "file": "tasks.jsonl"}]
 class Models(Described):
     """Models of one kind for a search to merge. base, parents: their names in a config; folders: the parents' files or
     folders; base_folder: the base's; decoder: the architecture's config, of language models, depths: the number of
-    layers of each, the base's first; backend: what the models are, by its name."""
+    layers of each, the base's first; backend: what the models are, by its name; held: the pytrees in memory that names
+    stand for."""
 
     base: str | None
     parents: tuple[str, ...]
@@ -48,8 +49,7 @@ class Models(Described):
     tokenizer_source: str | dict[str, Any] | None = None
     other_modules: str | None = None
     backend: str = "decoder"
-    # The pytrees that these names stand for.
-    _held: tuple[PythonTree, ...] = field(default=(), compare=False)
+    held: tuple[PythonTree, ...] = field(default=(), compare=False)
 
     @property
     def names(self) -> list[str]:
@@ -124,7 +124,7 @@ def load_models(
     parent_paths = tuple(paths[key] for key, _ in of_parents)
     return Models(
         names.get("base"), parent_names, paths.get("base"), parent_paths, backend=backend or "function",
-        _held=tuple(held.values()),
+        held=tuple(held.values()),
     )  # fmt: skip
 
 

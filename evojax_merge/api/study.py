@@ -79,8 +79,8 @@ class Study(Searched, Described):
     the tasks, that candidates are scored on, made by `tasks.ExactMatch` and its like, or mappings in a config's form;
     for pytrees also functions (model) -> a number, which JAX traces, or `host_callback(function)`. strategy:
     `strategies.cma_es(population=16)` and its like, or a name, such as `auto`; None: CMA-ES with its default
-    population, or that of a pool. out: the run folder; None: a temporary one, which is there as long as the study and
-    the runs that it returned. seed: the seed of all random numbers.
+    population, or that of a pool. out: the run folder, which `run` needs; of pytrees in memory also None: a temporary
+    one, which is there as long as the study and the runs that it returned. seed: the seed of all random numbers.
     validation: the share of the examples that is kept back to choose the winner on. resume, overwrite: continue, or
     replace, the run that lies in `out`. evaluation, export_dtype, scale, log: as in a config. search: other keys of a
     config's `search`, such as `finalists`, `rungs`, `stop`, `budget` and `controls`.
@@ -220,6 +220,8 @@ class Study(Searched, Described):
                 "Study.run", f"{len(self._rows)} generations of this study were told by hand, in memory, and its run "
                 "folder has none of them; use another Study",
             )  # fmt: skip
+        if self.out is None and not self.models.held:
+            raise InputError("Study.run: out", "missing; a run of models in files needs a run folder, give it to Study")
         if self.out is None:
             self._temporary = TemporaryDirectory(prefix="evojax-merge-")
             self.out = Path(self._temporary.name) / "run"
