@@ -18,9 +18,9 @@ from evojax_merge.models.sharding import MODEL_AXIS, cut_at, map_shards, model_s
 
 # The least number of queries in a block of causal attention, and the most blocks.
 QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 4
-# Pairs of a row's queries and columns beyond which no array holds an entry for each pair: rows of more than 2,048
+# Pairs of a row's queries and columns beyond which no array holds an entry for each pair: rows of more than 1,024
 # tokens. They are taken in blocks of so many queries, and so many columns: a block's products stay in a CPU's cache.
-MAX_PAIRS = 2048**2
+MAX_PAIRS = 1024**2
 LONG_QUERIES, LONG_COLUMNS = 256, 512
 
 
