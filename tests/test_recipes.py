@@ -388,7 +388,9 @@ def test_dare_does_not_depend_on_the_order_of_parents(family: Family, tmp_path: 
 def space_for(name: str, decoder: Any, parents: int) -> ParameterSpace:
     method = METHODS[name]
     wide = WIDE | {"weight": (-0.5, 1.5), "lambda": (0.5, 1.5)}
-    search_parameters = tuple(SearchParameter(p.name, *wide[p.name], (0.5,)) for p in method.parameters if p.searched)
+    search_parameters = tuple(
+        SearchParameter(p.name, *wide.get(p.name, (p.low, p.high)), (0.5,)) for p in method.parameters if p.searched
+    )
     fixed = tuple((p.name, (float(p.default or 0),)) for p in method.parameters if not p.searched)
     components = (("attention",), ("mlp", "norm"))
     shared = tuple(leaf.name for leaf in shared_leaves(decoder))

@@ -196,11 +196,15 @@ def _phase(run: Path) -> str:
 def contents(run: Path) -> dict[str, str]:
     """Every file of a run folder, by its digest; of what depends on the clock or on chance only that it is there."""
     found = {}
+    # A user's folder is named 2024.
+    steps = [step for step in range(1, GENERATIONS + 1) if (run / "checkpoints" / str(step)).exists()]
+    earlier = {f"checkpoints/{step}" for step in steps[:-1]}
     walk = os.walk(run, followlinks=True)
     for path in sorted(Path(above) / name for above, folders, files in walk for name in (*folders, *files)):
         name = str(path.relative_to(run))
         if name.startswith("checkpoints/"):
-            if name.count("/") == 1:
+            # Which generations before the last have one depends on the clock.
+            if name.count("/") == 1 and name not in earlier:
                 found[name] = "checkpoint"
         elif path.is_file():
             loose = name in ("timing.jsonl", "report.html", "environment.json", "run.log")
