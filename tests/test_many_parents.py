@@ -40,7 +40,8 @@ SHAPE = (5, 9)
 LOOPING = [name for name, method in METHODS.items() if method.max_parents is None]
 SEARCHED = {"weight": 0.4, "density": 0.6, "lambda": 1.1, "select_topk": 0.6, "epsilon": 0.1, "gamma": 0.01,
             "eps": 1e-8, "max_iter": 10, "maxiter": 100, "ftol": 1e-20, "tol": 1e-5, "r": 0.3,
-            "alpha": 2.0, "rank_share": 0.8, "common_share": 0.8, "core_density": 0.01, "steps": 30.0, "filter": 0.7}  # fmt: skip
+            "alpha": 2.0, "rank_share": 0.8, "common_share": 0.8, "core_density": 0.01, "steps": 30.0,
+            "filter": 0.7}  # fmt: skip
 
 
 def numbers_of(method: Method, parents: int) -> Numbers:

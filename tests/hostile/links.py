@@ -279,7 +279,7 @@ CASES: list[Case] = [
         goes_on(f"a link to a thesis for {name}", a_run(at("../thesis"), without(name, to_thesis)),
                 f"run/{name}: is a link")
         for name in ("environment.json", "timing.jsonl", "history.backup.jsonl", "heldout_answers.jsonl", "result.json",
-                     "controls.safetensors", "best/recipe.yaml", "best/params.safetensors")
+                     "controls.safetensors", "best/recipe.yaml")
     ),
     goes_on("a link to another model for the winner", a_run(moved("best/model")), "best/model: is a link"),
     goes_on("a link to a folder for a front", a_run(at("best/front", link("../../one"))), "front: is a link"),
