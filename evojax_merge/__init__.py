@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from evojax_merge.api.trials import Run, Trial, open_run
     from evojax_merge.backends.function.opening import FunctionFactory
     from evojax_merge.evaluation.scores import Scores
-    from evojax_merge.search.loop import Generation
+    from evojax_merge.search.recording import Generation
     from evojax_merge.search.strategies.evosax import EvosaxStrategy
     from evojax_merge.search.strategies.registry import StrategySettings
     from evojax_merge.tasks.arrays import ArrayTask
@@ -85,7 +85,7 @@ _NAMES = {
     "api.trials": "Run Trial open_run",
     "backends.function.opening": "FunctionFactory",
     "evaluation.scores": "Scores",
-    "search.loop": "Generation",
+    "search.recording": "Generation",
     "search.strategies.evosax": "EvosaxStrategy",
     "search.strategies.registry": "StrategySettings",
     "tasks.arrays": "ArrayTask",

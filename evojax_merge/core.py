@@ -1,6 +1,6 @@
 """The main path: from a checked search to a winner in its run folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,18 +14,16 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.compilations import compilations
 from evojax_merge.evaluation.devices import barrier, local_devices
 from evojax_merge.evaluation.diagnostics import warnings
-from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.timings import read_timings
 from evojax_merge.judge.evaluation import judged, with_best
 from evojax_merge.judge.opening import JudgeOptions, judging
 from evojax_merge.judge.proposals import proposing
-from evojax_merge.problem import SearchProblem, failure_hint
+from evojax_merge.problem import SearchProblem
 from evojax_merge.report.progress import OnGeneration, bytes_bar, passes_bar, search_bar
 from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.environment import recorded_session
-from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.kept_scores import kept_scores
-from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
+from evojax_merge.search.loop import evolve
 from evojax_merge.search.run_parts import RunFolder, check_room, remove_members
 from evojax_merge.search.run_schema import read_run_config
 from evojax_merge.steps.controls import why_no_gradient
@@ -34,7 +32,6 @@ from evojax_merge.steps.output import print_complete, print_setup, print_work, w
 from evojax_merge.steps.planning import compiling_beside, ending_estimate, make_plan, record_timing
 from evojax_merge.steps.selection import open_evaluators, select_best
 from evojax_merge.system.console import say
-from evojax_merge.tasks.splits import Splits
 
 FORCE = "--force goes on all the same"
 
@@ -81,7 +78,7 @@ def search(
                     storage = FolderStorage(
                         folder, Checkpoints(folder, problem.keep), is_main_process=devices.is_main_process
                     )
-                    archive = evolve_on(problem, evaluators, storage, reporter, warnings)
+                    archive = evolve(problem, evaluators, storage, reporter, warnings)
                 archive = with_best(archive, ballots, problem.search.finalists)
                 print_work(folder, problem, evaluators)
                 on_searched()
@@ -102,14 +99,3 @@ def family_tree(problem: SearchProblem[Backend], context: Any, genome: np.ndarra
     if context is None:
         return None
     return problem.backend.within(context).describe(genome).report.terminal()
-
-
-def evolve_on(
-    problem: SearchProblem[Backend], evaluators: Splits[SpaceEvaluator[Any]], storage: Storage, reporter: Reporter,
-    diagnose: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
-) -> Archive:  # fmt: skip
-    """Evolve a problem's candidates (see `search.loop.evolve`)."""
-    return evolve(
-        problem.search, problem.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter, diagnose,
-        failure_hint, evaluators.minibatches, evaluators.validation, problem.example_choice(evaluators),
-    )  # fmt: skip

@@ -30,7 +30,7 @@ from evojax_merge.plugins import files_of, named_plugins, source_files
 from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.auto import Traits, choose, gradient_note
 from evojax_merge.search.budgets import within_budget
-from evojax_merge.search.example_choice import ExampleChoice, length_strata
+from evojax_merge.search.example_choice import length_strata
 from evojax_merge.search.genomes import ComparesNeighbours, Neighbours, neighbours_of
 from evojax_merge.search.kept_scores import KeptScores
 from evojax_merge.search.protocols import (
@@ -62,7 +62,7 @@ from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.tasks.data_versions import dvc_record
 from evojax_merge.tasks.opening import open_task, resolved_config
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.task import GUARD_WEIGHT, Task
+from evojax_merge.tasks.task import GUARD_WEIGHT
 from evojax_merge.zoo.references import resolve_file, resolve_reference
 
 # The most dimensions of a search: a mean and a standard deviation of each are kept and saved in every generation.
@@ -139,12 +139,6 @@ class SearchProblem(Generic[B]):
         if self.facts.settings.recalibrate:
             self.prepare()
         return self.backend
-
-    def example_choice(self, evaluators: Splits[Any]) -> ExampleChoice | None:
-        """The examples that rungs choose from; None where shards take turns. evaluators: of genomes, on each split."""
-        if evaluators.choice is None:
-            return None
-        return ExampleChoice(evaluators.choice, self.strata, len(self.splits.shards))
 
     def within(self, context: Any) -> "SearchProblem[B]":
         """The problem once its strategy's state lends `context` to the space; None: genomes are complete by
@@ -504,14 +498,6 @@ def build_strategy(
         strategy = make_strategy(where, search.strategy, replace(settings, seeds=len(seeds)))
     check_options(where, search, strategy)
     return seeded(strategy, seeds)
-
-
-def failure_hint(task: Task) -> str:
-    """Advice for a task on which every candidate fails."""
-    return task.failure_hint() or (
-        "Merges overflow where the bounds of their parameters are wide, and paths fail that have no layer or more than "
-        "max_layers: narrow the bounds, lower search.sigma, or evaluate the parents by themselves"
-    )
 
 
 def resolved_search(search: SearchConfig, strategy: Strategy) -> dict[str, Any]:

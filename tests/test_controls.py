@@ -30,14 +30,14 @@ from transformers import AutoTokenizer
 
 from evojax_merge.backends.backend import Adaptable
 from evojax_merge.config.search_config import GradientConfig
-from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import PLAIN, TaskScores
 from evojax_merge.models.adapted import LowRankLayout
 from evojax_merge.models.architecture import architecture_of
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import Result, Row
 from evojax_merge.report.intervals import Lead
-from evojax_merge.search.loop import Reporter, Storage
+from evojax_merge.search.loop import evolve
+from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.search.run_folder import RunFolder
 from evojax_merge.steps import controls
 from evojax_merge.steps.loading import silent_phase
@@ -198,7 +198,7 @@ def test_a_change_of_a_pytree_is_trained_like_one_of_a_language_model() -> None:
 
 def finished(problem: SearchProblem, folder: RunFolder | None = None) -> Result:
     on = open_evaluators(problem, problem.prepare())
-    return select_best(problem, on, evolve_on(problem, on, Storage(), Reporter()), folder=folder)
+    return select_best(problem, on, evolve(problem, on, Storage(), Reporter()), folder=folder)
 
 
 def test_a_killed_run_makes_no_control_twice(sums: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.report.comparison import Result, Row, write_result
 from evojax_merge.report.intervals import Lead
 from evojax_merge.report.winner import MergeReport
-from evojax_merge.search.loop import Reporter
+from evojax_merge.search.recording import Reporter
 from evojax_merge.spaces.parameter import GroupSpace, SearchParameter
 
 BASE = {"w": np.zeros(12, np.float32), "b": np.zeros(3, np.float32)}

@@ -25,7 +25,7 @@ from evojax_merge.search.example_choice import (
     length_strata,
 )
 from evojax_merge.search.item_response import expected_responses, fit_item_model, predicted_spread
-from evojax_merge.search.loop import Reporter
+from evojax_merge.search.recording import Reporter
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.successive_halving import rung_shards, stratified_shards, successive_halving
 from evojax_merge.search.surrogate import append_candidates, empty_surrogate, predict_fitness
@@ -284,10 +284,12 @@ def climb(folder, generations: int, resume: bool = False, reporter: Reporter | N
     tops = np.random.default_rng(0).normal(0, 0.5, (64, 2))
     task = text_task("hills", 64)
     shards = [Hill(shard, tops) for shard in stratified_shards("search.rungs", [task], one_token, 4, 0)]
-    choice = ExampleChoice(Divisible([task], tops), [length_strata(one_token(task), 8)], 8)
+    strata = [length_strata(one_token(task), 8)]
     run = open_run(folder, {"inputs": {}}, resume=resume, overwrite=False)
     config = SearchConfig(population=8, generations=generations, sigma=0.5)
-    return run, search_in(run.path, config, 1, Plain(), shards, reporter=reporter, choice=choice), tops
+    choice = Divisible([task], tops)
+    outcome = search_in(run.path, config, 1, Plain(), shards, reporter=reporter, choice=choice, strata=strata)
+    return run, outcome, tops
 
 
 def test_a_search_that_chooses_is_broken_off_and_resumed_to_the_byte(tmp_path):

@@ -41,8 +41,9 @@ from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.sources import lazy_merge
 from evojax_merge.problem import build_problem
 from evojax_merge.search.fronts import crowded_order, crowding_distances, front_of, hypervolume, nondominated_ranks
-from evojax_merge.search.loop import INIT_KEY, Reporter, generation_key
+from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.protocols import capabilities_of
+from evojax_merge.search.recording import Reporter
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.seeding import seeded
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy

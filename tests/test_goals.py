@@ -20,14 +20,14 @@ from test_defaults import BASE, PARENTS, likeness
 
 import evojax_merge as em
 from evojax_merge.cli import cli
-from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import Goal, Guard, Scale, TaskScores, fitness, ranked_fitness
 from evojax_merge.problem import SearchProblem, build_problem, config_from, resolved_document
 from evojax_merge.report.answers import MOST_EXAMPLES, marked, read_answers
 from evojax_merge.report.comparison import Result
 from evojax_merge.report.page import write_page
 from evojax_merge.report.run_data import read_run
-from evojax_merge.search.loop import Reporter, Storage
+from evojax_merge.search.loop import evolve
+from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.steps.planning import make_plan
 from evojax_merge.steps.selection import open_evaluators, select_best
@@ -88,7 +88,7 @@ def evolved(folder: Path, tasks: list[dict[str, Any]], **changes: Any) -> tuple[
     """The history and the result of a search in memory."""
     problem, _ = opened(folder, tasks, **changes)
     storage, on = Storage(), open_evaluators(problem, problem.prepare())
-    archive = evolve_on(problem, on, storage, Reporter())
+    archive = evolve(problem, on, storage, Reporter())
     return storage.read_history(), select_best(problem, on, archive)
 
 

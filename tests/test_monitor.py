@@ -19,7 +19,7 @@ from test_devices import CHOICE, write_config
 
 from evojax_merge.evaluation.targets import find_target
 from evojax_merge.report.monitor import Monitor, metrics_text
-from evojax_merge.search.loop import Generation
+from evojax_merge.search.recording import Generation
 
 # A line of Prometheus' text format.
 SAMPLE = re.compile(r"evojax_merge_([a-z_]+) (-?[0-9.e+-]+)")

@@ -21,8 +21,9 @@ from test_search import OwnScorer
 import evojax_merge as em
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.models.paths import LayerPath
-from evojax_merge.search.loop import INIT_KEY, Archive, Generation, Reporter, generation_key
+from evojax_merge.search.loop import INIT_KEY, Archive, generation_key
 from evojax_merge.search.protocols import HasMoves
+from evojax_merge.search.recording import Generation, Reporter
 from evojax_merge.search.strategies import path_ga
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy, seeds_of
 from evojax_merge.spaces.bounds import from_unit

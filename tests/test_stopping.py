@@ -11,7 +11,7 @@ from test_racing import Hill, Plain, one_token, text_task
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.search import loop
-from evojax_merge.search.loop import Reporter
+from evojax_merge.search.recording import Reporter
 from evojax_merge.search.run_folder import RunFolder, open_run
 from evojax_merge.search.successive_halving import stratified_shards
 

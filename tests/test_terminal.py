@@ -34,7 +34,7 @@ from evojax_merge.report.progress import (
     generation_record,
 )
 from evojax_merge.schema.genealogy import Genealogy, founder_genomes
-from evojax_merge.search.loop import Generation
+from evojax_merge.search.recording import Generation
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.run_log import begin_logs, early_lines, run_log
 from evojax_merge.search.run_parts import RunFolder

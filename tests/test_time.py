@@ -39,8 +39,8 @@ from evojax_merge.problem import build_problem, config_from
 from evojax_merge.report import progress
 from evojax_merge.report.plan import CHOOSING, GENERATIONS, HELDOUT, MEASURING, Plan, shown_seconds
 from evojax_merge.report.progress import passes_bar, search_bar
-from evojax_merge.search import kept_scores, loop
-from evojax_merge.search.loop import Generation, _Clock
+from evojax_merge.search import kept_scores, recording
+from evojax_merge.search.recording import Clock, Generation
 from evojax_merge.search.stopping import course_of
 from evojax_merge.steps import loading
 from evojax_merge.steps.planning import make_plan
@@ -156,8 +156,8 @@ def test_what_a_process_compiles_does_not_count(monkeypatch: pytest.MonkeyPatch)
     """A first generation of 200 s, compiling that takes 50 s later, and generations of 3 and 4 s."""
     now, compiling, course = 200.0, 190.0, course_of([], [])
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    monkeypatch.setattr(loop, "compilations", lambda: compilations.Compilations(9, compiling, 0))
-    search, clock = twelve_generations(), _Clock()
+    monkeypatch.setattr(recording, "compilations", lambda: compilations.Compilations(9, compiling, 0))
+    search, clock = twelve_generations(), Clock()
     assert clock.seconds_left(search, 1, course, 4, 9.0) is None
     now, compiling = 253.0, 240.0
     assert clock.seconds_left(search, 2, course, 4, 9.0) == pytest.approx(10 * 3.0)
@@ -169,9 +169,9 @@ def test_what_a_process_compiles_does_not_count(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_first_use_of_a_strategy_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, course, search, clock = 0.0, course_of([], []), twelve_generations(), _Clock()
+    now, course, search, clock = 0.0, course_of([], []), twelve_generations(), Clock()
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    monkeypatch.setattr(loop, "compilations", lambda: compilations.Compilations(9, 0.0, 0))
+    monkeypatch.setattr(recording, "compilations", lambda: compilations.Compilations(9, 0.0, 0))
     assert clock.seconds_left(search, 1, course, 4, 9.0) is None
     now = 5.0
     assert clock.seconds_left(search, 2, course, 4, 3.0) == pytest.approx(10 * 3.0)

@@ -19,7 +19,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.problem import read_config
 from evojax_merge.search.checkpoints import Checkpoints
-from evojax_merge.search.loop import Reporter
+from evojax_merge.search.recording import Reporter
 from evojax_merge.search.run_folder import RunFolder, open_run
 from evojax_merge.search.validation import (
     CLEAR_ERRORS,

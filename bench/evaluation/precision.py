@@ -30,7 +30,8 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.problem import SearchProblem, build_problem, read_config
-from evojax_merge.search.loop import INIT_KEY, Reporter, Storage, evolve, generation_key
+from evojax_merge.search.loop import INIT_KEY, evolve, generation_key
+from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.tasks.splits import Splits
 
@@ -145,9 +146,9 @@ def first_generation(problem: SearchProblem) -> np.ndarray:
 
 def last_generation(problem: SearchProblem) -> np.ndarray:
     """float32[P, D]: the candidates of the last generation of a search in float32."""
-    shards = open_evaluators(problem, problem.prepare()).shards
+    on = open_evaluators(problem, problem.prepare())
     storage = Storage()
-    evolve(problem.search, problem.seed, problem.strategy, problem.space, shards, storage, Reporter())
+    evolve(problem, on, storage, Reporter())
     return np.array(storage.read_history()[-1]["genomes"], np.float32)
 
 

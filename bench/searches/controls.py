@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from bench.shared.machine import describe
-from evojax_merge.core import evolve_on
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.report.comparison import Result
-from evojax_merge.search.loop import Reporter, Storage
+from evojax_merge.search.loop import evolve
+from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.search.run_folder import RunFolder
 from evojax_merge.steps.selection import open_evaluators, select_best
 
@@ -38,7 +38,7 @@ def run_seed(config: Path, seed: int, overrides: list[str]) -> Result:
     problem = build_problem(config, read_config(config, overrides, seed))
     on = open_evaluators(problem, problem.prepare())
     with tempfile.TemporaryDirectory() as folder:
-        archive = evolve_on(problem, on, Storage(), Reporter())
+        archive = evolve(problem, on, Storage(), Reporter())
         return select_best(problem, on, archive, folder=RunFolder(Path(folder)))
 
 

@@ -31,7 +31,6 @@ import yaml
 
 from bench.shared.browser import Browser
 from bench.shared.machine import describe
-from evojax_merge.core import evolve_on
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.judge.ballot import Ballot
 from evojax_merge.judge.evaluation import judged, judged_task, with_best
@@ -42,9 +41,10 @@ from evojax_merge.judge.server import served
 from evojax_merge.judge.votes import VoteFile
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import Reporter, Storage, rescore
+from evojax_merge.search.loop import evolve
 from evojax_merge.search.protocols import Progress
-from evojax_merge.steps.selection import open_evaluators
+from evojax_merge.search.recording import Reporter, Storage
+from evojax_merge.steps.selection import open_evaluators, rescore
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.voting import METRIC, Choice, JudgedTask
 
@@ -241,7 +241,7 @@ def gain_of(winner: np.ndarray, problem: SearchProblem, truth: HiddenEvaluator) 
 
 def search(problem: SearchProblem, on: Splits[Any], ballots: Mapping[str, Ballot] | None = None) -> np.ndarray:
     """The genome of the winner."""
-    archive = with_best(evolve_on(problem, on, Storage(), Reporter()), ballots or {}, problem.search.finalists)
+    archive = with_best(evolve(problem, on, Storage(), Reporter()), ballots or {}, problem.search.finalists)
     return rescore(problem.space, on.search, archive, lambda done: None)[0].genome
 
 

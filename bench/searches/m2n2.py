@@ -29,11 +29,13 @@ from merge_kernels import METHODS, merge_tensor
 
 import evojax_merge as em
 from bench.shared.machine import describe
+from bench.shared.plain_search import PlainSearch, one_split
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.schema.genealogy import Member, founding_genealogy
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import Reporter, Storage, evolve
+from evojax_merge.search.loop import evolve
+from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings, make_strategy
 from evojax_merge.spaces.breeding import BreedingSpace, genome_genes
 
@@ -199,7 +201,7 @@ def run_pool(experts: Sequence[Network], images: Images, evaluations: int, seed:
     settings = StrategySettings(space.dims, config.population, config.sigma, config.generations, pool=pool)
     evaluator = SpaceEvaluator(space, NetworkEvaluator(experts, images, course))
     strategy = make_strategy("m2n2", "pool", settings)
-    evolve(config, seed, strategy, space, [evaluator], Storage(), Reporter())
+    evolve(PlainSearch(config, seed, strategy, space), one_split(evaluator), Storage(), Reporter())
 
 
 def run_m2n2(experts: Sequence[Network], images: Images, evaluations: int, seed: int, course: Course) -> None:

@@ -37,11 +37,13 @@ import evojax_merge as em
 from bench.searches.m2n2 import ARCHIVE, Correct, shown
 from bench.searches.strategy_functions import scores_of
 from bench.shared.machine import describe
+from bench.shared.plain_search import PlainSearch, one_split
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.schema.genealogy import Member, founding_genealogy
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import INIT_KEY, Reporter, Storage, evolve, generation_key
+from evojax_merge.search.loop import INIT_KEY, evolve, generation_key
+from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings, make_strategy
 from evojax_merge.spaces.breeding import BreedingSpace, genome_genes
 
@@ -291,7 +293,8 @@ def run_pool(networks: jax.Array, evaluations: int, seed: int) -> float:
     settings = StrategySettings(space.dims, config.population, config.sigma, config.generations, pool=pool)
     evaluator = NetworkEvaluator(np.asarray(networks), load_images()[0])
     strategy = make_strategy("m2n2_digits", "pool", settings)
-    archive = evolve(config, seed, strategy, space, [SpaceEvaluator(space, evaluator)], Storage(), Reporter())
+    on = one_split(SpaceEvaluator(space, evaluator))
+    archive = evolve(PlainSearch(config, seed, strategy, space), on, Storage(), Reporter())
     context = archive.context
     best = (space if context is None else space.within(context)).member(np.asarray(archive.genomes[0]))
     return best_of(jnp.asarray(evaluator.network(best))[None])

@@ -20,8 +20,9 @@ from bench.shared.machine import describe
 from evojax_merge.evaluation.scores import fitness, means
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.schema.yaml_reader import load_yaml
-from evojax_merge.search.loop import Reporter, Storage, evolve, rescore
-from evojax_merge.steps.selection import open_evaluators
+from evojax_merge.search.loop import evolve
+from evojax_merge.search.recording import Reporter, Storage
+from evojax_merge.steps.selection import open_evaluators, rescore
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 SHOWN = "whole_answers/accuracy"
@@ -48,7 +49,7 @@ def problem_of(document: dict[str, Any], options: argparse.Namespace, seed: int)
 def search(problem: SearchProblem, seed: int) -> tuple[str, str]:
     """The held-out scores of the space's baseline, and of the winner of a search, as cells."""
     on = open_evaluators(problem, problem.prepare())
-    archive = evolve(problem.search, seed, problem.strategy, problem.space, on.shards, Storage(), Reporter())
+    archive = evolve(problem, on, Storage(), Reporter())
     winner = rescore(problem.space, on.search, archive, lambda done: None)[0].genome
     _, baselines = problem.space.baselines()
     scores = on.heldout.score(np.stack([baselines[0], winner]))

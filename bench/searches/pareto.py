@@ -27,7 +27,7 @@ from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.scores import score_matrix
 from evojax_merge.problem import build_problem
 from evojax_merge.search.fronts import front_of, hypervolume
-from evojax_merge.search.loop import Reporter, Storage
+from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.zoo.arithmetic import ENGLISH, PACKAGED_SEED, PLAN, save_records, split_hard_sums
 

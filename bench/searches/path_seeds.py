@@ -9,7 +9,7 @@ of a path once.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,7 +19,8 @@ from bench.shared.machine import describe
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.models.paths import LayerPath
 from evojax_merge.problem import SearchProblem
-from evojax_merge.search.loop import Reporter, Storage, evolve
+from evojax_merge.search.loop import evolve
+from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.zoo.loops import LOOPED, MAX_LOOPS, SIZES
@@ -46,7 +47,7 @@ def loops_fitness(problem: SearchProblem, on: Splits) -> float:
 
 def search(problem: SearchProblem, on: Splits, seed: int, goal: float) -> Outcome:
     storage = Storage()
-    archive = evolve(problem.search, seed, problem.strategy, problem.space, on.shards, storage, Reporter())
+    archive = evolve(replace(problem, seed=seed), on, storage, Reporter())
     reached = [row["evaluations"] for row in storage.read_history() if (row["best_so_far"] or -np.inf) >= goal]
     right = accuracies(on.heldout, archive.genomes[:1])[0]
     return Outcome(reached[0] if reached else None, float(archive.fitness[0]), float(right))

@@ -18,8 +18,9 @@ from bench.shared.machine import describe
 from evojax_merge.backends.decoder.kinds.member import PoolCandidates
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.problem import build_problem, read_config
-from evojax_merge.search.loop import Reporter, Storage, evolve, rescore
-from evojax_merge.steps.selection import open_evaluators
+from evojax_merge.search.loop import evolve
+from evojax_merge.search.recording import Reporter, Storage
+from evojax_merge.steps.selection import open_evaluators, rescore
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "automerge.yaml"
 SHOWN = "whole_answers/accuracy"
@@ -41,7 +42,7 @@ def run(seed: int, overrides: list[str]) -> Found:
     problem = build_problem(CONFIG, read_config(CONFIG, overrides, seed))
     on = open_evaluators(problem, problem.prepare())
     begun = time.perf_counter()
-    archive = evolve(problem.search, seed, problem.strategy, problem.space, on.shards, Storage(), Reporter())
+    archive = evolve(problem, on, Storage(), Reporter())
     seconds = time.perf_counter() - begun
     winner = rescore(problem.space, on.search, archive, lambda done: None)[0].genome
     candidates = problem.backend.candidates

@@ -33,8 +33,9 @@ from bench.shared.machine import describe
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples, length_strata
-from evojax_merge.search.loop import Archive, Reporter, Storage, evolve, rescore
+from evojax_merge.search.loop import Archive, evolve
 from evojax_merge.search.protocols import GenomeEvaluator, Progress, State
+from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.search.successive_halving import (
     SplittableTask,
     example_lengths,
@@ -46,7 +47,8 @@ from evojax_merge.search.successive_halving import (
     stratified_shards,
     successive_halving,
 )
-from evojax_merge.steps.selection import open_evaluators
+from evojax_merge.steps.selection import open_evaluators, rescore
+from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task
 from evojax_merge.tasks.text import TextTask
 
@@ -145,16 +147,11 @@ class Kept(Storage):
 
 
 def search(
-    problem: SearchProblem,
-    seed: int,
-    shards: Sequence[GenomeEvaluator],
-    storage: Kept,
-    generations: int,
-    choice: ExampleChoice | None = None,
+    problem: SearchProblem, seed: int, on: Splits[Any], storage: Kept, generations: int
 ) -> tuple[Archive, int, float]:
     """Search, or go on with one. (archive, passes, seconds)"""
     settings = problem.search.model_copy(update={"generations": generations})
-    archive = evolve(settings, seed, problem.strategy, problem.space, shards, storage, Reporter(), choice=choice)
+    archive = evolve(replace(problem, search=settings, seed=seed), on, storage, Reporter())
     passes = sum(sum(row["examples"]) for row in storage.read_history())
     return archive, passes, sum(row["seconds"] for row in storage.read_timing()[1:])
 
@@ -227,27 +224,27 @@ def run_seed(
     strata = length_strata(lengths(counted), len(shards))
     halved = replace(problem, splits=replace(problem.splits, shards=shards, choice=[counted]), strata=[strata])
     on_halves, on = (open_evaluators(one, one.prepare()) for one in (halved, problem))
-    choosable, racing = on_halves.choice, on_halves.shards
     (searched,), full, heldout = on.shards, on.search, on.heldout
-    assert choosable is not None
     kept = Recorded(searched, [])
     choices: dict[str, Choice] = {}
     (task,) = searched.tasks
     assert isinstance(task, TextTask)
     passes = generations * problem.strategy.population * task.size
-    for name, choice in (("race", None), ("chosen", ExampleChoice(choosable, [strata], len(shards)))):
+    for name, racing in (("race", replace(on_halves, choice=None)), ("chosen", on_halves)):
         if name in wanted or f"longer {name}" in wanted:
             storage = Kept()
-            found = search(problem, seed, racing, storage, generations, choice)
+            found = search(halved, seed, racing, storage, generations)
             choices[name] = choose(problem, found, full, heldout)
         if f"longer {name}" in wanted:
             more = max(generations, int(SPENT * generations * passes / found[1]))
-            found = search(problem, seed, racing, storage, more, choice)
+            found = search(halved, seed, racing, storage, more)
             choices[f"longer {name}"] = choose(problem, found, full, heldout)
+    whole: Splits[Any] = Splits([kept], full, None, heldout)
     storage, share = Kept(), race_share(problem.strategy.population, rungs)
     for name, until in (("fewer", max(1, round(share * generations))), ("whole", generations)):
         if name in wanted:
-            choices[name] = choose(problem, search(problem, seed, [kept], storage, until), full, heldout)
+            found = search(problem, seed, whole, storage, until)
+            choices[name] = choose(problem, found, full, heldout)
     choices = {name: choices[name] for name in wanted}
     if "whole" not in wanted:
         return choices, None

@@ -51,8 +51,9 @@ from evojax_merge.models.sources import StackedWeights
 from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
 from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import Generation, Reporter, Storage, evolve
+from evojax_merge.search.loop import evolve
 from evojax_merge.search.protocols import State, Strategy, wants_gradients
+from evojax_merge.search.recording import Generation, Reporter, Storage
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.steps.selection import open_evaluators
@@ -243,10 +244,7 @@ def run(experiment: Experiment, problem: SearchProblem, storage: Storage, report
         return SpaceEvaluator(problem.space, replace(merges, evaluator=decoder))
 
     evaluators = problem.prepare().map(on)
-    evolve(
-        problem.search, problem.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter,
-        minibatches=evaluators.minibatches, choice=problem.example_choice(evaluators),
-    )  # fmt: skip
+    evolve(problem, replace(evaluators, validation=None), storage, reporter)
 
 
 def run_search(experiment: Experiment, search: SearchConfig, seed: int, cost: float, trace: Trace) -> None:

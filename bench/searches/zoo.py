@@ -23,8 +23,8 @@ from evojax_merge.problem import SearchProblem, build_problem, read_config, reso
 from evojax_merge.report.comparison import Result
 from evojax_merge.search import loop
 from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
-from evojax_merge.search.loop import Reporter
 from evojax_merge.search.protocols import GenomeEvaluator
+from evojax_merge.search.recording import Reporter
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.spaces.layer_path import IndicatorSpace
 from evojax_merge.steps.selection import open_evaluator, open_evaluators, select_best
@@ -91,10 +91,7 @@ def evolve(problem: SearchProblem, folder: Path) -> Result:
     """Search, and choose the winner; its model is written to `folder/best/model`."""
     run = open_run(folder, resolved_document(problem.backend.config, problem), resume=False, overwrite=False)
     on = open_evaluators(problem, problem.prepare())
-    archive = loop.evolve(
-        problem.search, problem.seed, problem.strategy, problem.space, on.shards,
-        FolderStorage(run, Checkpoints(run)), Reporter(), minibatches=on.minibatches,
-    )  # fmt: skip
+    archive = loop.evolve(problem, on, FolderStorage(run, Checkpoints(run)), Reporter())
     result = select_best(problem, on, archive)
     run.recipe.write_text(problem.backend.describe(result.genome).recipe)
     merge_to(prepare(read_stream(run.recipe).result, find=resolve_reference), run.model, card="")

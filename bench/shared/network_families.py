@@ -16,7 +16,7 @@ from evojax_merge.report.intervals import Lead, paired_lead
 from evojax_merge.search import loop
 from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import Reporter
+from evojax_merge.search.recording import Reporter
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.steps.selection import open_evaluators, select_best
 from evojax_merge.tasks.splits import Splits
@@ -63,10 +63,7 @@ def open_problem(config: str, family: str | None, seed: int, overrides: Sequence
 def evolve(problem: SearchProblem, on: Splits[SpaceEvaluator[Any]], folder: Path) -> np.ndarray:
     """The winner of a search."""
     run = open_run(folder, {}, resume=False, overwrite=True)
-    archive = loop.evolve(
-        problem.search, problem.seed, problem.strategy, problem.space, on.shards,
-        FolderStorage(run, Checkpoints(run)), Reporter(), minibatches=on.minibatches,
-    )  # fmt: skip
+    archive = loop.evolve(problem, on, FolderStorage(run, Checkpoints(run)), Reporter())
     return select_best(problem, on, archive).genome
 
 

@@ -39,7 +39,7 @@ from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.progress import bytes_bar
 from evojax_merge.schema.arguments import check_arguments
 from evojax_merge.schema.yaml_reader import parse_documents
-from evojax_merge.search.loop import Generation
+from evojax_merge.search.recording import Generation
 from evojax_merge.spaces.search_parameters import constants_of, method_with_base, options_of
 from evojax_merge.steps import stored_models
 from evojax_merge.steps.selection import open_evaluator

@@ -35,8 +35,9 @@ from evojax_merge.schema.section import Form
 from evojax_merge.search.answers import ask, metrics, tell
 from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import Generation, generation_key, history_row, init_state, next_state
+from evojax_merge.search.loop import generation_key, init_state, next_state
 from evojax_merge.search.protocols import capabilities_of, context_of, wants_gradients
+from evojax_merge.search.recording import Generation, history_row
 from evojax_merge.search.run_folder import check_place, check_same_config, is_run
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import StoredResult, read_result

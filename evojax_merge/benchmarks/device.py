@@ -36,7 +36,6 @@ from evojax_merge.benchmarks.references import copy_bandwidth, matrix_peak, medi
 from evojax_merge.benchmarks.scored_rows import of_rows, work
 from evojax_merge.checkpoints.abstract_bank import abstract_bank, abstract_stored
 from evojax_merge.checkpoints.parents import tensor_shapes
-from evojax_merge.core import evolve_on
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.devices import ONE_DEVICE, tree_nbytes
@@ -49,7 +48,8 @@ from evojax_merge.evaluation.timings import Timing, WorkKind, timing
 from evojax_merge.models.bank import Bank, LeafBank
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.problem import SearchProblem
-from evojax_merge.search.loop import Reporter, Storage
+from evojax_merge.search.loop import evolve
+from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.steps.planning import make_plan
 
 
@@ -401,7 +401,7 @@ class Measurer:
             def finished(self, generation: Any) -> None:
                 ends.append(time.perf_counter())
 
-        evolve_on(problem, on, storage, Clock())
+        evolve(problem, on, storage, Clock())
         first, _, *others = np.diff(ends)
         (batched,), seconds = on.search.evaluator.evaluator.batched_tasks, float(np.median(others))
         evaluated = float(np.median([row["seconds"] for row in storage.read_timing()[1:]]))

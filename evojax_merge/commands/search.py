@@ -53,7 +53,7 @@ from evojax_merge.report.page import kept_page
 from evojax_merge.report.plan import format_advice
 from evojax_merge.report.progress import OnGeneration, generation_record
 from evojax_merge.search.checkpoints import Checkpoints
-from evojax_merge.search.loop import Generation
+from evojax_merge.search.recording import Generation
 from evojax_merge.search.run_folder import (
     INPUTS,
     check_place,

@@ -19,7 +19,7 @@ import jax
 from evojax_merge.errors import InputError, first_line, print_warning, shown
 from evojax_merge.report.progress import OnGeneration
 from evojax_merge.search.environment import read_sessions
-from evojax_merge.search.loop import Generation
+from evojax_merge.search.recording import Generation
 from evojax_merge.search.run_parts import TABLE_MARK, RunFolder
 from evojax_merge.system.file_system import atomic_write, may_replace
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from evojax_merge.errors import Failed, InputError, first_line, print_warning
-from evojax_merge.search.loop import Generation
+from evojax_merge.search.recording import Generation
 from evojax_merge.system.file_system import OutputFile
 
 # Name, kind and meaning of each figure, and how it is read off a generation.

@@ -44,7 +44,7 @@ from evojax_merge.report.run_tables import (
     winners_table,
 )
 from evojax_merge.report.tables import Table
-from evojax_merge.search.loop import Generation
+from evojax_merge.search.recording import Generation
 from evojax_merge.search.run_parts import RunFolder, is_page
 from evojax_merge.system.console import format_seconds, working
 from evojax_merge.system.data_packages import cache_folder

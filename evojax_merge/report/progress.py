@@ -29,7 +29,7 @@ from rich.text import Text
 from evojax_merge.errors import LOG, print_warning, printable
 from evojax_merge.evaluation.compilations import compilations, is_compiling
 from evojax_merge.report.monitor import monitor
-from evojax_merge.search.loop import Generation, Reporter
+from evojax_merge.search.recording import Generation, Reporter
 from evojax_merge.system.console import HEARTBEAT, IN_NOTEBOOK, console, format_seconds, say, seconds_left
 
 # The columns of a line about a generation, at most, and those of the bar in it, at least, with the spaces around it.

@@ -20,8 +20,9 @@ from evojax_merge.config.search_config import KeepConfig
 from evojax_merge.errors import Failed, InputError, PeerLostError, cannot_write
 from evojax_merge.evaluation.devices import collective, concerns_lost_peer
 from evojax_merge.evaluation.peers import MEETING, exchange
-from evojax_merge.search.loop import INIT_KEY, Storage, generation_key
+from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.protocols import Space, State, Strategy
+from evojax_merge.search.recording import Storage
 from evojax_merge.search.run_folder import OTHER_VERSION
 from evojax_merge.search.run_parts import CHECKPOINT_MARK, RunFolder, check_removable_step, prune
 from evojax_merge.search.run_schema import A_FILE, MAX_FILE, HistoryLine, read_lines

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +17,9 @@ from evojax_merge.report.comparison import POLISHED, POLISHED_NAME, label_of, mo
 from evojax_merge.search.budgets import search_passes
 from evojax_merge.search.checkpoints import digest_of
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
+from evojax_merge.search.loop import Archive, evolve
 from evojax_merge.search.protocols import differentiates
+from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import A_FILE, MAX_FILE, StoredControl, parse
 from evojax_merge.search.strategies.greedy import greedy_soup
@@ -180,8 +181,8 @@ def _random(
         with working("scoring random candidates"):
             drawn = evolve(
                 # Other random numbers than those of a search by the same strategy.
-                search, problem.seed + 1, drawing, problem.space, on.shards, Storage(), Reporter(),
-                choice=problem.example_choice(on),
+                replace(problem, search=search, seed=problem.seed + 1, strategy=drawing),
+                replace(on, minibatches=[]), Storage(), Reporter(),
             )  # fmt: skip
         genomes = drawn.genomes[np.isfinite(drawn.fitness) & (drawn.genomes != problem.space.start).any(axis=1)]
         if not len(genomes):

@@ -10,8 +10,8 @@ import numpy as np
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
-from evojax_merge.evaluation.scores import TaskScores, fitness, means, task_weights, units_of
-from evojax_merge.problem import SearchProblem, failure_hint
+from evojax_merge.evaluation.scores import TaskScores, fitness, means, score_matrix, task_weights, units_of
+from evojax_merge.problem import SearchProblem
 from evojax_merge.report.answers import MOST_EXAMPLES, largest_differences
 from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, model_names
 from evojax_merge.report.intervals import Lead, paired_lead
@@ -19,8 +19,16 @@ from evojax_merge.report.meetings import Meetings
 from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import Archive, Finalist, rescore
-from evojax_merge.search.protocols import capabilities_of, gradient_generations, plain_merges_of
+from evojax_merge.search.loop import Archive, failure_hint
+from evojax_merge.search.protocols import (
+    GenomeEvaluator,
+    Space,
+    capabilities_of,
+    goal_of,
+    gradient_generations,
+    plain_merges_of,
+    within,
+)
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.strategies.greedy import Greedy
 from evojax_merge.steps.controls import Control, examples_of, make_controls, polish
@@ -81,6 +89,36 @@ def open_evaluator(
 def with_neighbours(problem: SearchProblem[Backend], on: Splits[SpaceEvaluator[Any]]) -> Splits[SpaceEvaluator[Any]]:
     """The evaluators, which score the neighbours that their tasks ask for as well."""
     return on.map(lambda evaluator: replace(evaluator, neighbours=problem.neighbours(evaluator.tasks)))
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate, float32[D], its fitness on the examples that the winner is chosen on, and there its means on the
+    tasks that count, float64[T], and its scores, float32[N], task by task."""
+
+    genome: np.ndarray
+    fitness: float
+    task_means: np.ndarray
+    scores: np.ndarray
+
+
+def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
+    """The finalists on the examples that the winner is chosen on, the full search split or the validation split, best
+    first: the best few of the search, the strategy's proposals, the start, the uniform merge and the parents, so that
+    no winner is worse there than a parent that the space contains and that keeps the guards. Candidates that are not
+    finite are left out."""
+    evaluator = within(evaluator, archive.context)
+    genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None], plain_merges_of(space)[0]])
+    genomes = genomes[np.isfinite(genomes).all(axis=1)]
+    _, kept = np.unique(genomes, axis=0, return_index=True)
+    genomes = genomes[np.sort(kept)]
+    scores, goal = evaluator.score(genomes, progress), goal_of(evaluator)
+    matrix = score_matrix(evaluator.tasks, scores, goal)
+    values, task_means = fitness(evaluator.tasks, scores, goal), matrix.task_means
+    order = np.argsort(-np.where(np.isfinite(matrix.fitness), matrix.fitness, -np.inf), kind="stable")
+    return [
+        Finalist(genomes[i], float(values[i]), task_means[i], matrix.values[i]) for i in order if np.isfinite(values[i])
+    ]
 
 
 def select_best(
@@ -158,7 +196,7 @@ def select_best(
 
 def origin_of(backend: Backend, genome: np.ndarray) -> str:
     """The plain merge or the parent that a winner is, in words, or that the strategy proposed it (see
-    `search.loop.rescore`)."""
+    `rescore`)."""
     space, parents = backend.facts.space, model_names(backend.facts.parents)
     merges, (label, baselines) = plain_merges_of(space)[0], space.baselines()
     named = [(f"the {label}", baselines[0])] if len(baselines) == 1 else []

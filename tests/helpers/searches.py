@@ -1,15 +1,20 @@
 """Sections of tasks, and configs of searches."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.problem import SearchProblem, build_problem, build_strategy, config_from, read_config
 from evojax_merge.search.checkpoints import Checkpoints, FolderStorage
-from evojax_merge.search.example_choice import ExampleChoice
-from evojax_merge.search.loop import Archive, Reporter, evolve
+from evojax_merge.search.loop import Archive, evolve
+from evojax_merge.search.protocols import Strategy
+from evojax_merge.search.recording import Reporter
 from evojax_merge.search.run_folder import RunFolder
+from evojax_merge.tasks.splits import Splits
 from helpers.families import Family
 
 
@@ -55,6 +60,17 @@ def problem_of(path: Path, document: dict[str, Any]) -> SearchProblem:
     return build_problem(path, config_from(path, document, [], None))
 
 
+@dataclass(frozen=True)
+class Problem:
+    """The parts of a problem that the loop needs."""
+
+    search: SearchConfig
+    seed: int
+    strategy: Strategy
+    space: Any
+    strata: Sequence[Sequence[np.ndarray]]
+
+
 def search_in(
     folder: Path,
     config: SearchConfig,
@@ -63,10 +79,12 @@ def search_in(
     shards: Sequence[Any],
     validation: Any = None,
     reporter: Reporter | None = None,
-    choice: ExampleChoice | None = None,
+    choice: Any = None,
+    strata: Sequence[Sequence[np.ndarray]] = (),
 ) -> Archive:
     """A search of a config's strategy with evaluators of a test's own, kept in a run folder."""
     run, reporter = RunFolder(folder), reporter or Reporter()
     objectives, storage = sum(task.weight > 0 for task in shards[0].tasks), FolderStorage(run, Checkpoints(run))
-    strategy = build_strategy("search", config, space, objectives)
-    return evolve(config, seed, strategy, space, shards, storage, reporter, validation=validation, choice=choice)
+    problem = Problem(config, seed, build_strategy("search", config, space, objectives), space, strata)
+    on = Splits(list(shards), shards[0], validation, shards[0], choice=choice)
+    return evolve(problem, on, storage, reporter)
