@@ -934,7 +934,8 @@ def assert_margins(scores: Any, model: Any, models: Models) -> None:
     for example in models.task().examples:
         totals = [text_logprobs(model, example.prompt, target).sum() for target in example.targets]
         expected.append(totals[example.answer] - np.delete(totals, example.answer).max())
-    np.testing.assert_allclose(scores.matrices["choice"]["margin"][0], expected, atol=2e-4)
+    # Of totals of 5 to 20 each.
+    np.testing.assert_allclose(scores.matrices["choice"]["margin"][0], expected, atol=5e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def assert_close(actual: Any, expected: np.ndarray) -> None:
-    # A state gathers the rounding of all tokens before: over 300, torch's float32 is 1.1e-4 from its float64.
-    share = 1e-4 if expected.shape[-2] < 300 else 3e-4
+    # A state gathers the rounding of all tokens before: over 300, torch's float32 is up to 2.9e-4 from its float64.
+    share = 1e-4 if expected.shape[-2] < 300 else 6e-4
     np.testing.assert_allclose(actual, expected, atol=share * np.abs(expected).max())
 
 
