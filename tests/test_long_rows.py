@@ -16,7 +16,7 @@ from evojax_merge.models import attention as attention_module
 from evojax_merge.models import fused_attention
 from evojax_merge.models.attention import prefill_attention
 from evojax_merge.models.fused_attention import cudnn_attention, fused_kernels, splash_attention
-from evojax_merge.models.layers import SequenceLayout, padded_layout
+from evojax_merge.models.layers import RecordedWeights, SequenceLayout, dense_parts, padded_layout
 
 HEADS, GROUPS, DIM, ROWS, STEPS, PREFIX = 4, 2, 8, 2, 37, 21
 WIDE = 10**6
@@ -174,3 +174,14 @@ def test_memory_grows_with_the_length_of_a_row(follows_gradient: bool) -> None:
     assert sizes[1] < 2.1 * sizes[0] and sizes[2] < 2.1 * sizes[1], sizes
     # A matrix of a head's float32 products alone is 4.3 GB.
     assert sizes[2] < 4 * 32768**2
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_joined_matrix_gives_its_parts(has_bias: bool) -> None:
+    rng = np.random.default_rng(0)
+    x, weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 8), (12, 8), (12,)))
+    weights = RecordedWeights({"in": jnp.asarray(weight)} | ({"in_bias": jnp.asarray(bias)} if has_bias else {}))
+    expected = x @ weight.T + (bias if has_bias else 0)
+    parts = dense_parts(jnp.asarray(x), weights, "in", 3)
+    np.testing.assert_allclose(parts, np.split(expected, 3, axis=-1), atol=1e-5)
+    np.testing.assert_array_equal(weights.inputs["in"], x)

@@ -176,6 +176,16 @@ def test_flops_of_loops_and_products() -> None:
     assert Cost(merge_bytes=2e6).seconds(target) == pytest.approx(2.0)
 
 
+def test_of_branches_the_dearest_counts_and_half_of_one_beside_nothing() -> None:
+    def program(x: jax.Array, other: Any) -> jax.Array:
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, other, x)
+
+    product = Product(2 * 8**3, 3 * 4 * 8 * 8, "float32")
+    for other, expected in ((lambda x: x @ x, 2), (lambda x: x, 1)):
+        jaxpr = jax.make_jaxpr(partial(program, other=other))(jnp.ones((8, 8)))
+        assert cost_of(jaxpr).products == {product: expected}
+
+
 def test_ragged_products_count_each_row_once() -> None:
     """Forward, and in the derivatives by the rows and by the matrices; whatever else a CPU would compute."""
     numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
