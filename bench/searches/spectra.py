@@ -79,7 +79,8 @@ def main() -> None:
             searches={"task_arithmetic, searched": space("task_arithmetic"), **searches}, starts=starts | methods,
             folder=Path(work), beside=beside,
         )  # fmt: skip
-        print_tables(parser, score, run, percent if score.endswith("accuracy") else "{:.4f}".format)
+        number = "{:.4f}".format
+        print_tables(parser, score, run, percent if score.endswith("accuracy") else number, number)
 
 
 if __name__ == "__main__":

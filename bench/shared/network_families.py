@@ -161,8 +161,10 @@ def print_tables(
     title: str,
     run_seed: Callable[[int], Scored],
     cell: Callable[[float], str] = percent,
+    beside: Callable[[float], str] | None = None,
 ) -> tuple[argparse.Namespace, dict[int, Scored]]:
-    """The program: run as many seeds as the command line says, and print their tables. Returns its options as well."""
+    """The program: run as many seeds as the command line says, and print their tables. Returns its options as well.
+    cell, beside: a value of the score, and of the others, as text; beside: None: like `cell`."""
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     keep_compiled_programs()
@@ -172,6 +174,6 @@ def print_tables(
         print(f"seed {seed}: {results[seed].means}\n{lead_table({seed: results[seed]}, cell)}", flush=True)
     print(f"\n{table(title, {seed: one.means for seed, one in results.items()}, cell)}\n\n{lead_table(results, cell)}")
     for key in results[0].beside:
-        print(f"\n{table(key, {seed: one.beside[key] for seed, one in results.items()}, cell)}")
+        print(f"\n{table(key, {seed: one.beside[key] for seed, one in results.items()}, beside or cell)}")
     print(f"\n{describe()}")
     return arguments, results
