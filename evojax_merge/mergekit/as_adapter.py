@@ -9,7 +9,7 @@ vectors come from a block Krylov space (Musco & Musco 2015, arXiv:1504.05477).
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,9 @@ class AdapterOptions:
     def factors(self, difference: np.ndarray, fixed: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The factors `A float32[rank, in]` and `B float32[out, rank]` of a difference float32 `[out, in]`; fixed: of
         rank `max_rank`, filled up with zeros."""
-        u, sizes, v = singular_values(difference, min(self.max_rank, *difference.shape))
+        # Matrices are taken apart side by side, each by one thread.
+        with one_blas_thread():
+            u, sizes, v = singular_values(difference, min(self.max_rank, *difference.shape))
         rank = len(sizes)
         if not fixed:
             rank = int((sizes > self.sv_epsilon).sum())
@@ -103,14 +105,12 @@ def singular_values(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.n
     `v [rank, in]`. Exact, from the smaller Gram matrix in float64, unless a side has more than `EXACT_UP_TO` ranks."""
     if min(difference.shape) > EXACT_UP_TO * (rank + OVERSAMPLING):
         start = np.random.default_rng(0).standard_normal((difference.shape[1], rank + OVERSAMPLING), np.float32)
-        # So narrow matrices are multiplied by one thread in less time than several need to find each other.
-        with one_blas_thread():
-            blocks = [np.linalg.qr(difference @ start)[0]]
-            for _ in range(KRYLOV_DEPTH):
-                blocks.append(np.linalg.qr(difference @ (difference.T @ blocks[-1]))[0])
-            basis = np.linalg.qr(np.concatenate(blocks, axis=1))[0]
-            u, sizes, v = singular_values(basis.T @ difference, rank)
-            return basis @ u, sizes, v
+        blocks = [np.linalg.qr(difference @ start)[0]]
+        for _ in range(KRYLOV_DEPTH):
+            blocks.append(np.linalg.qr(difference @ (difference.T @ blocks[-1]))[0])
+        basis = np.linalg.qr(np.concatenate(blocks, axis=1))[0]
+        u, sizes, v = singular_values(basis.T @ difference, rank)
+        return basis @ u, sizes, v
     wide = difference.astype(np.float64)
     tall = wide.shape[0] >= wide.shape[1]
     # Eigenvalues come in ascending order.
@@ -264,53 +264,85 @@ def write_as_adapter(
     return error
 
 
+@dataclass(frozen=True)
+class Change:
+    """The change of a tensor of the base, and the part of it that an adapter has.
+
+    key: the tensor's name in memory; layer: see `_layer_of`; shape: its shape; of_experts: whether experts or their
+    router have it. size, before: the Frobenius norms of the change and of the base's tensor. factors: those of a matrix
+    that is cut to a rank; whole: a tensor that replaces the base's; None: not written so. left_out: the norm of the
+    part that the factors leave out, or all of the change for a tensor that stays as it is; None: no part of a sum.
+    """
+
+    key: str
+    layer: str
+    shape: tuple[int, ...]
+    of_experts: bool
+    size: float
+    before: float
+    factors: tuple[np.ndarray, np.ndarray] | None = None
+    whole: np.ndarray | None = None
+    left_out: float | None = None
+
+
+def _change(merge_plan: MergePlan, architecture_name: str, options: AdapterOptions, merged: np.ndarray) -> Change:
+    """The change of the base's tensor of this architecture's name to `merged`."""
+    base, leaf = merge_plan.base, find_architecture(merge_plan.base.config["model_type"]).leaf_of(architecture_name)
+    values, key = base.read(architecture_name), base.in_memory(architecture_name)
+    module, of_experts = key.rpartition(".")[0], leaf is not None and (leaf.has_experts or leaf.component == ROUTER)
+    after, before = (each.astype(np.float32, copy=False) for each in (merged, values))
+    differs = is_float(values.dtype) and not np.array_equal(after, before)
+    is_norm = values.ndim == 1 and not key.endswith(".bias")
+    difference = after - before if differs else np.zeros(0, np.float32)
+    difference = difference.T if leaf is not None and leaf.transposed else difference
+    size = float(np.linalg.norm(difference))
+    if not math.isfinite(size):
+        what = f"{architecture_name} differs from the base's by more than float32 holds; expected a fine-tune of it"
+        raise InputError(merge_plan.leader.path, what)
+    change = Change(key, _layer_of(key, leaf), values.shape, of_experts, size, float(np.linalg.norm(before)))
+    base.entries[architecture_name].release()
+    if not differs:
+        return change
+    is_whole = not of_experts and options.is_whole(module, leaf)
+    if not is_whole and (not options.is_changed(module) or (is_norm and options.skip_undecomposable)):
+        return replace(change, left_out=size)
+    if is_whole or merged.ndim != 2:
+        return replace(change, whole=merged)
+    a, b = options.factors(difference, fixed=of_experts)
+    return replace(change, factors=(a, b), left_out=float(np.linalg.norm(difference - b @ a)))
+
+
 def _write_differences(
     merge_plan: MergePlan, tensors: Mapping[str, str], writer: AdapterWriter, options: AdapterOptions,
     progress: Progress,
 ) -> RankError:  # fmt: skip
     """Write the factors of each matrix that differs from the base, and other tensors as they are. tensors: their names
     in the merged model's files -> those of the architecture."""
-    base, architecture = merge_plan.base, find_architecture(merge_plan.base.config["model_type"])
-    errors: dict[str, tuple[str, float, float]] = {}
+    base, errors = merge_plan.base, dict[str, tuple[str, float, float]]()
     ranks, vectors, norms = dict[str, int](), dict[str, np.ndarray](), np.zeros(2)
     # In memory the experts of a layer are one parameter, for which PEFT wants all factors, of one rank, or none.
     unchanged_experts: dict[str, tuple[int, ...]] = {}
     experts_change = False
-    for name, merged in zip(tensors, merged_tensors(merge_plan, list(tensors)), strict=True):
-        leaf, values, key = architecture.leaf_of(tensors[name]), base.read(tensors[name]), base.in_memory(tensors[name])
-        module, of_experts = key.rpartition(".")[0], leaf is not None and (leaf.has_experts or leaf.component == ROUTER)
-        after, before = (each.astype(np.float32, copy=False) for each in (merged, values))
-        differs = is_float(values.dtype) and not np.array_equal(after, before)
-        is_norm = values.ndim == 1 and not key.endswith(".bias")
-        is_kept = not options.is_changed(module) or (is_norm and options.skip_undecomposable)
-        change = after - before if differs else np.zeros(0, np.float32)
-        change = change.T if leaf is not None and leaf.transposed else change
-        size = float(np.linalg.norm(change))
-        if not math.isfinite(size):
-            what = f"{tensors[name]} differs from the base's by more than float32 holds; expected a fine-tune of it"
-            raise InputError(merge_plan.leader.path, what)
-        norms += np.square([size, float(np.linalg.norm(before))]) if values.ndim > 1 else 0
-        if not of_experts and options.is_whole(module, leaf):
-            is_kept = False
-            if differs and merged.ndim > 1:
-                writer.add_whole(key, merged)
-            elif differs:
-                vectors[key] = merged
-        elif differs and is_kept:
-            errors[key] = _layer_of(key, leaf), size, size
-        elif differs and merged.ndim == 2:
-            a, b = options.factors(change, fixed=of_experts)
-            if len(a):
-                writer.add_factors(key, a, b)
-                ranks[key] = len(a)
-            errors[key] = _layer_of(key, leaf), float(np.linalg.norm(change - b @ a)), size
-            experts_change = experts_change or of_experts
-        elif differs:
+
+    def change_to(name: str, merged: np.ndarray) -> Change:
+        return _change(merge_plan, tensors[name], options, merged)
+
+    for name, change in zip(tensors, merged_tensors(merge_plan, list(tensors), change_to), strict=True):
+        key, matrix = change.key, len(change.shape) > 1
+        norms += np.square([change.size, change.before]) if matrix else 0
+        if change.left_out is not None:
+            errors[key] = change.layer, change.left_out, change.size
+        if change.factors is not None and len(change.factors[0]):
+            writer.add_factors(key, *change.factors)
+            ranks[key] = len(change.factors[0])
+        experts_change = experts_change or (change.of_experts and change.factors is not None)
+        if change.of_experts and change.factors is None:
+            unchanged_experts[key] = change.shape
+        if change.whole is not None and matrix:
+            writer.add_whole(key, change.whole)
+        elif change.whole is not None:
             # Biases come after the factors of their modules.
-            vectors[key] = merged
-        if of_experts and (is_kept or not differs):
-            unchanged_experts[key] = values.shape
-        base.entries[tensors[name]].release()
+            vectors[key] = change.whole
         progress(merge_plan.specs[name].nbytes)
     for key, (outputs, inputs) in unchanged_experts.items() if experts_change else ():
         zeros = np.zeros((options.max_rank, inputs + outputs), np.float32)

@@ -420,15 +420,19 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
                 sources.release(s, name)
 
 
-def merged_tensors(merge_plan: MergePlan, names: list[str]) -> Iterator[np.ndarray]:
-    """The merged tensors of these names, in their order, computed ahead of time by a few threads."""
+def merged_tensors(
+    merge_plan: MergePlan, names: list[str], then: Callable[[str, np.ndarray], Any] = lambda name, merged: merged
+) -> Iterator[Any]:
+    """The merged tensors of these names, in their order, computed ahead of time by a few threads. then: (name, merged
+    tensor) -> what is wanted of it, computed there as well."""
     by_name = {tensor_plan.name: tensor_plan for tensor_plan in merge_plan.rows}
 
-    def make(name: str) -> np.ndarray:
-        return merge_tensor(merge_plan, by_name[name]) if name in by_name else merge_plan.copied[name].load()
+    def make(name: str) -> Any:
+        merged = merge_tensor(merge_plan, by_name[name]) if name in by_name else merge_plan.copied[name].load()
+        return then(name, merged)
 
     waiting = deque(names)
-    running: deque[Future[np.ndarray]] = deque()
+    running: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         try:
             while waiting or running:
