@@ -240,4 +240,6 @@ def test_a_search_from_python_warns_where_its_winner_is_worse(tmp_path: Path, mo
     assert len(compared) == 2 and len(winner.scores) == 2
     for row in compared:
         differences = {score: mean - row.scores[score] for score, mean in winner.scores.items()}
-        assert {score: lead.difference for score, lead in row.task_leads.items()} == pytest.approx(differences, abs=1e-5)
+        assert {score: lead.difference for score, lead in row.task_leads.items()} == pytest.approx(
+            differences, abs=1e-5
+        )

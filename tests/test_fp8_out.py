@@ -1,5 +1,7 @@
 """Folders in FP8, with scales as compressed-tensors keeps them."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -72,3 +74,34 @@ def test_fp8_is_for_folders_of_known_linear_modules(tmp_path: Path) -> None:
     for out, says in ((tmp_path / "out", "no linear modules"), (tmp_path / "out.gguf", "--type q8_0")):
         assert says in refusal("merge", recipe, out, "--dtype", "float8_e4m3")
         assert not out.exists()
+
+
+# What vLLM keeps as one matrix, by its module.
+TOGETHER = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_vllm_loads_a_folder_in_fp8(kind: str, tmp_path: Path) -> None:
+    """vLLM 0.33, whose wheel from PyPI is for CUDA, and needs an environment of its own."""
+    pytest.importorskip("vllm", reason="needs vLLM")
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64, "num_attention_heads": 2}
+    config = tiny_config(kind, tie_word_embeddings=False, num_key_value_heads=1, **sizes)
+    folder = save(random_model(config), tmp_path / "model")
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(folder)}], "dtype": "bfloat16"}
+    path = write_yaml(tmp_path / "recipe.yaml", recipe)
+    run_here("merge", path, tmp_path / "out", "--dtype", "float8_e4m3", "--no-copy-tokenizer")
+    script = Path(__file__).parent / "reference/vllm_loading.py"
+    command = [sys.executable, str(script), str(tmp_path / "out"), str(tmp_path / "loaded.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "CompressedTensorsW8A8Fp8"
+    stored, loaded = load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "loaded.safetensors")
+    # Beside them vLLM has scales of its cache.
+    for name, values in loaded.items():
+        module, last = name.split(".")[-2:]
+        if not last.startswith("weight"):
+            continue
+        parts = [stored[name.replace(module, part)] for part in TOGETHER.get(module, (module,))]
+        expected = torch.cat([part.float() for part in parts])
+        np.testing.assert_array_equal(values.float()[: len(expected)], expected, err_msg=name)
+    assert sum(values.dtype == torch.float8_e4m3fn for values in loaded.values()) == 4 * config.num_hidden_layers
