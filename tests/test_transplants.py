@@ -120,6 +120,22 @@ def test_transplants_are_mergekits(name: str, pair: tuple[Path, Path], tmp_path:
         np.testing.assert_allclose(found[tensor][picked], values[picked], rtol=2e-4, atol=2e-5, err_msg=tensor)
 
 
+@pytest.mark.parametrize("tied", [(True, True), (False, True), (True, False)], ids=["both", "the donor", "the model"])
+def test_tied_heads_are_transplanted_with_their_embeddings(
+    tied: tuple[bool, bool], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A tied model has no head in its file, and its rows are made by the donor's embedding."""
+    folders = [
+        model_with(load_tokenizer(folder), tmp_path / name, seed, hidden_size=width, tie_word_embeddings=is_tied)
+        for folder, name, seed, width, is_tied in zip(pair, ("model", "donor"), (1, 2), (48, 32), tied, strict=True)
+    ]
+    found = ours(*folders, tmp_path / "ours", *METHODS["omp"])
+    expected = by_mergekit(*folders, tmp_path / "theirs", *METHODS["omp"])
+    assert (HEAD in found) != tied[0]
+    for tensor, values in expected.items():
+        np.testing.assert_allclose(found[tensor], values, rtol=2e-4, atol=2e-5, err_msg=tensor)
+
+
 def test_a_transplant_loads_and_speaks_the_donors_tokens(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """Its config and its settings of generation name the donor's tokens, and its logits are transformers'."""
     model, donor = pair

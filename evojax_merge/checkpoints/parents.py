@@ -187,7 +187,8 @@ class Sources:
         """The model that gives a transplant its tokens. Raises InputError where its embedding is no matrix."""
         assert self.vocabulary is not None and self.vocabulary.transplant is not None
         donor = Sources((decoder_of(open_model(self.vocabulary.transplant.donor)),))
-        for name in filter(None, (donor.token_tensors.embedding, donor.token_tensors.head)):
+        tensors = filter(None, (donor.token_tensors.embedding, donor.token_tensors.head))
+        for name in dict.fromkeys(donor.name_in(0, tensor) for tensor in tensors):
             entry = donor.folders[0].entries.get(name)
             shape = () if entry is None else entry.shape
             if entry is None or len(shape) != 2 or 0 in shape or not is_float(entry.dtype):
