@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evojax_merge.checkpoints.folder import Tensor
 from evojax_merge.schema.approximation import Approximation
 
-# Tokens that are approximated at a time.
-BATCH = 512
+# Tokens that are approximated at a time, and the approximations that combine shared tokens.
+BATCH, COMBINED = 256, ("omp", "common_interpolation")
 ONE_AT_A_TIME = Lock()
 # Rows this near, as a share of a vector's length, are linearly dependent in float32.
 DEPENDENT = 1e-5
@@ -98,6 +99,7 @@ def sparse_combination(how: Approximation, targets: np.ndarray, points: np.ndarr
     else:
         solve = partial(_interpolation, count, how.weight_scheme, how.cosine_similarity)
     on_device = jnp.asarray(points, jnp.float32)
+    del points
     numbers, coefficients = np.empty((total, count), np.int32), np.empty((total, count), np.float32)
     for start in range(0, total, BATCH):
         batch = np.asarray(targets[start : start + BATCH], np.float32)
@@ -111,12 +113,12 @@ def sparse_combination(how: Approximation, targets: np.ndarray, points: np.ndarr
     return numbers, coefficients
 
 
-def combine_rows(numbers: np.ndarray, coefficients: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """float32[N, H]: the combinations of the model's rows."""
-    wide, rows = np.asarray(anchors, np.float32), np.empty((len(numbers), anchors.shape[1]), np.float32)
+def combine_rows(numbers: np.ndarray, coefficients: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """float32[N, H]: the combinations of a model's rows `[V, H]` with the numbers int32[N, k]."""
+    rows = np.empty((len(numbers), stored.shape[1]), np.float32)
     for start in range(0, len(numbers), BATCH):
         part = slice(start, start + BATCH)
-        rows[part] = np.einsum("nk,nkh->nh", coefficients[part], wide[numbers[part]])
+        rows[part] = np.einsum("nk,nkh->nh", coefficients[part], np.asarray(stored[numbers[part]], np.float32))
     return rows
 
 
@@ -226,6 +228,12 @@ def joined_pieces(how: Approximation, rows: np.ndarray, pieces: Sequence[Sequenc
     return result
 
 
+def _picked(donor: Tensor, missing: np.ndarray, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The donor's rows with these numbers, int[n] each; its other rows do not stay in memory."""
+    values = donor.load()
+    return values[missing], values[shared]
+
+
 @dataclass(frozen=True)
 class Transplant:
     """How the rows of tokens that models lack are approximated. donor: the folder of the model that has all tokens, in
@@ -238,31 +246,32 @@ class Transplant:
     combinations: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def rows(
-        self, model: int, numbers: np.ndarray, tensor: str, stored: np.ndarray, donor: np.ndarray, is_head: bool
+        self, model: int, numbers: np.ndarray, tensor: str, stored: np.ndarray, donor: Tensor, is_head: bool
     ) -> np.ndarray:
         """float32[V, …]: model `model`'s tensor `stored` with its rows in the donor's order. numbers: its rows by
         token, -1 where it lacks the token; donor: the donor's tensor, whose rows may be of another width."""
+        # Where even the donor has no row for a token there is nothing to go by.
+        lacking, has_row = numbers < 0, np.arange(len(numbers)) < donor.shape[0]
+        missing, shared = np.flatnonzero(lacking & has_row), np.flatnonzero(~lacking & has_row)
+        how, key, is_made = self.how, (model, tensor), stored.ndim > 1 and missing.size > 0
+        if is_made and how.approximate in COMBINED and key not in self.combinations:
+            # Before the result is in memory.
+            self.combinations[key] = sparse_combination(how, *_picked(donor, missing, shared))
         result = np.asarray(stored[np.maximum(numbers, 0)], np.float32)
         mean = np.asarray(stored, np.float32).mean(axis=0)
-        # Where even the donor has no row for a token there is nothing to go by.
-        lacking, has_row = numbers < 0, np.arange(len(numbers)) < len(donor)
-        missing, shared = np.flatnonzero(lacking & has_row), np.flatnonzero(~lacking & has_row)
-        result[lacking] = 0 if self.how.approximate == "zero" or stored.ndim == 1 else mean
-        if stored.ndim == 1 or not missing.size or self.how.approximate in ("mean", "zero"):
+        result[lacking] = 0 if how.approximate == "zero" or stored.ndim == 1 else mean
+        if not is_made or how.approximate in ("mean", "zero"):
             return result
-        targets, points = donor[missing], donor[shared]
-        if self.how.approximate == "landmark_pca":
-            result[missing] = rotated_rows(targets, points, stored[numbers[shared]])
-        elif self.how.approximate == "subword":
+        if how.approximate == "landmark_pca":
+            result[missing] = rotated_rows(*_picked(donor, missing, shared), stored[numbers[shared]])
+        elif how.approximate == "subword":
             split = dict(zip(np.flatnonzero(lacking), self.pieces[model], strict=True))
-            result[missing] = joined_pieces(self.how, stored, [split[number] for number in missing], is_head)
-        elif self.how.approximate == "randn":
+            result[missing] = joined_pieces(how, stored, [split[number] for number in missing], is_head)
+        elif how.approximate == "randn":
             scale = np.asarray(stored, np.float32).std(axis=0)
             drawn = np.random.default_rng(zlib.crc32(tensor.encode())).standard_normal(result[missing].shape)
             result[missing] = mean + scale * drawn
         else:
-            key = (model, tensor)
-            if key not in self.combinations:
-                self.combinations[key] = sparse_combination(self.how, targets, points)
-            result[missing] = combine_rows(*self.combinations[key], stored[numbers[shared]])
+            chosen, coefficients = self.combinations[key]
+            result[missing] = combine_rows(numbers[shared][chosen], coefficients, stored)
         return result

@@ -175,7 +175,7 @@ class Sources:
             # A tied head is the embedding, and its rows are made as those are.
             is_head = tensor == self.token_tensors.head == self.name_in(source, tensor)
             names = self._donor.token_tensors
-            donor = values(self._donor.entry(0, names.head if is_head and names.head else names.embedding))
+            donor = self._donor.entry(0, names.head if is_head and names.head else names.embedding)
             stored = values(self.entry(source, tensor))
             rows = transplant.rows(source, numbers, self.name_in(source, tensor), stored, donor, is_head)
             return padded_rows(self.vocabulary, rows)
