@@ -108,7 +108,7 @@ WITHOUT_FILE_SYSTEM = {
         "report/inspection.py": ["picture"], "tasks/generated_images.py": ["png_of"],
     },
     NO_FILE: {
-        "cli.py": ["main"], "search/loop.py": ["evolve"],
+        "cli.py": ["main"], "search/recording.py": ["Recorder.record"],
         "evaluation/devices.py": ["_silence_libraries"],
         "search/checkpoints.py": ["FolderStorage.close"],
     },
