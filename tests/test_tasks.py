@@ -821,6 +821,20 @@ def test_a_target_that_no_output_can_equal_is_refused_before_the_search(
     task.likelihood_of_targets().requests(tokenizer, 100)
 
 
+def test_targets_that_are_all_longer_than_an_output_are_refused() -> None:
+    examples = [Example("p", ("one",), "one", 1), Example("q", ("twelve",), "twelve", 2)]
+    task = replace(task_of("exact_match", examples, max_new_tokens=2), pattern="^(.+)$")
+    with pytest.raises(
+        InputError,
+        match=r"file.jsonl:1: task task: no output can be right: max_new_tokens is 2, and the "
+        "shortest target has 3 tokens; expected max_new_tokens of more than that",
+    ):
+        task.requests(byte_tokenizer(), 100)
+    # One of them fits; a number that is compared may stand in any text.
+    replace(task, max_new_tokens=3).requests(byte_tokenizer(), 100)
+    replace(task, pattern=None).requests(byte_tokenizer(), 100)
+
+
 def test_samples_hold_the_wanted_answer_and_the_one_that_was_found() -> None:
     task = task_of("exact_match", [Example("p", ("t",), "#### 5", 1), Example("q", ("u",), "7", 2)])
     assert [task.target(n) for n in range(2)] == ["#### 5", "7"]

@@ -301,8 +301,8 @@ def find_member(folder: RunFolder, number: int) -> Path:
 def check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
     """Raises InputError where a run folder holds the run of another config than this document's, or of other inputs."""
     differences = _differences(read_run_config(folder.config), document)
-    # Another method is another config, whatever it draws.
-    for key, old, new in sorted(differences, key=lambda difference: difference[0] == (RANDOM_NUMBERS,)):
+    # Another method is another config, whatever it draws and reads.
+    for key, old, new in sorted(differences, key=lambda difference: difference[0][0] in (INPUTS, RANDOM_NUMBERS)):
         if any(key[: len(extendable)] == extendable for extendable in EXTENDABLE):
             continue
         if key[-2:] == POPULATION and old is None:

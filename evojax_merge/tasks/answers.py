@@ -49,6 +49,20 @@ def dropped_tokens(tokenizer: Any, ids: Collection[int]) -> list[str]:
     ]
 
 
+def check_room(name: str, targets: Sequence[tuple[str, Sequence[str]]], tokenizer: Any, max_new_tokens: int) -> None:
+    """Raises InputError where even the shortest of all targets of the task `name` has more tokens than a model may
+    write. targets: as `check_attainable` takes them."""
+    if not all(texts for _, texts in targets):
+        return
+    tokens = tokenizer([text for _, texts in targets for text in texts], add_special_tokens=False)["input_ids"]
+    shortest = min(map(len, tokens), default=0)
+    if shortest > max_new_tokens:
+        raise InputError(
+            targets[0][0], f"task {name}: no output can be right: max_new_tokens is {max_new_tokens}, and the shortest "
+            f"target has {shortest} tokens; expected max_new_tokens of more than that",
+        )  # fmt: skip
+
+
 def check_attainable(
     name: str, targets: Sequence[tuple[str, Sequence[str]]], dropped: Iterable[str], stop: Iterable[str]
 ) -> None:

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field
 
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.schema.section import Name, Text, Whole
-from evojax_merge.tasks.answers import check_attainable, dropped_tokens, extract_answer, same_answer
+from evojax_merge.tasks.answers import check_attainable, check_room, dropped_tokens, extract_answer, same_answer
 from evojax_merge.tasks.images import RecordImage, expand_images, number_images, read_images
 from evojax_merge.tasks.patterns import PROBED, check_pattern
 from evojax_merge.tasks.prompts import (
@@ -135,6 +135,7 @@ class PromptedTask(TaskDefaults):
             longest, dropped = max(map(len, tokens)), dropped_tokens(tokenizer, {*chain(*tokens)})
             wanted = [(self.where(example), self.wanted(n)) for n, example in enumerate(self.examples)]
             check_attainable(self.name, wanted, dropped, self.stop)
+            check_room(self.name, wanted, tokenizer, self.max_new_tokens)
             rows = self.sampling.rows(prompt_rows(self, tokenizer))
             # An answer like its target, and the token that ends it.
             return TaskRequests(
