@@ -19,7 +19,7 @@ from helpers.families import Family, build_family
 from helpers.files import read_json, write_json, write_yaml
 from helpers.models import random_model, save, tiny_config
 from helpers.sampling import thorough
-from helpers.searches import search_config
+from helpers.searches import search_config, task_section
 from huggingface_hub.errors import LocalEntryNotFoundError
 from merge_kernels import METHODS
 
@@ -763,6 +763,17 @@ def test_repositories_of_diffusers_are_planned_by_headers_alone(
         for path in (whole, folder)
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_a_plan_begins_with_the_warnings_of_its_search(
+    family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = family.tasks.read_text().splitlines(keepends=True)
+    (tmp_path / "tasks.jsonl").write_text("".join(lines[:3] + lines[:3]))
+    config = write_yaml(tmp_path / "config.yaml", search_config(family, tasks=[task_section(heldout=0.5)]))
+    assert command("plan", config) == 0
+    err = " ".join(capfd.readouterr().err.split())
+    assert "warning:" in err and "3 of 6 examples repeat others of the same data" in err
 
 
 def test_wrong_options_of_plan(family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

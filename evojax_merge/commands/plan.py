@@ -23,6 +23,7 @@ from evojax_merge.report.plan import KEYS
 from evojax_merge.steps.planning import make_plan
 from evojax_merge.system.console import console, say, working
 from evojax_merge.system.file_system import OutputFile, check_outputs, holds_json
+from evojax_merge.tasks.opening import data_warnings
 from evojax_merge.zoo.references import resolve_headers
 
 
@@ -49,8 +50,12 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
                 except CompilerMissing as error:
                     compiler = None
                     say(str(error))
-                plans.append(make_plan(problem, problem.prepare(), folders.download_bytes, compiler, read_timings()))
-    print_warnings(revision_warnings(path, config))
+                prepared = problem.prepare()
+                plans.append(make_plan(problem, prepared, folders.download_bytes, compiler, read_timings()))
+                if not stage:
+                    data = data_warnings(str(path), config_of_stage.tasks, problem.splits)
+                    warnings = (*problem.facts.warnings, *prepared.warnings, *data)
+    print_warnings((*revision_warnings(path, config), *warnings))
     for number, stage_plan in enumerate(plans, start=1):
         if len(plans) > 1:
             console.print(f"stage {number} of {len(plans)}")
