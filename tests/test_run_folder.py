@@ -262,3 +262,14 @@ def test_a_disk_that_fills_ends_the_search_in_one_line(searched, tmp_path):
         assert {path.name for path in (disk / "run/checkpoints").iterdir()} == {"3", "4", "5"}
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_run_of_another_config_names_its_key_before_its_files(tmp_path: Path) -> None:
+    def document(file: str, seed: int) -> dict[str, Any]:
+        return {"inputs": {file: "0" * 64}, "seed": seed}
+
+    open_run(tmp_path / "run", document("a.jsonl", 0), resume=False, overwrite=False)
+    with pytest.raises(InputError, match="belongs to another config: seed differs"):
+        open_run(tmp_path / "run", document("b.jsonl", 1), resume=True, overwrite=False)
+    with pytest.raises(InputError, match="belongs to other inputs: .*a.jsonl was removed"):
+        open_run(tmp_path / "run", document("b.jsonl", 0), resume=True, overwrite=False)
