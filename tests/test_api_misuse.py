@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from helpers.families import Family
 from helpers.trees import search_trees
 from merge_kernels import METHODS, Method, Parameter, Prepared
@@ -46,6 +47,8 @@ SEARCHES: list[tuple[dict[str, Any], str]] = [
     ({"parents": tree(np.array([object()]))}, "parents[0]: leaf 'a' is of object"),
     ({"parents": tree(np.ones(2, complex))}, "parents[0]: leaf 'a' is of complex128"),
     ({"parents": tree(np.array(["x"]))}, "parents[0]: leaf 'a' is of <U1"),
+    ({"parents": tree(torch.ones(2))}, "parents[0]: leaf 'a' is a Tensor; expected an array of NumPy or JAX"),
+    ({"parents": tree(torch.ones(2, dtype=torch.bfloat16))}, "parents[0]: leaf 'a' is a Tensor; expected an array"),
     ({"parents": tree(np.array([NAN]))}, "parents[0]: leaf 'a' holds NaN"),
     ({"parents": [PARENTS[0], {"a": np.ones(2)}]}, "parents[1]: has no leaf 'b/c'"),
     ({"parents": [PARENTS[0], {"a": np.ones(5), "b": {"c": np.ones(3)}}]}, "parents[1]: leaf 'a' has shape"),
@@ -77,7 +80,7 @@ SEARCHES: list[tuple[dict[str, Any], str]] = [
         {"fitness": lambda merged, rows: rows, "examples": {"x": np.ones(3), "y": np.ones(4)}},
         "examples: has arrays with leading axes",
     ),
-    ({"fitness": lambda merged, rows: rows, "examples": [1, 2]}, "examples: has arrays with leading axes"),
+    ({"fitness": lambda merged, rows: rows, "examples": [1, 2]}, "a list is a pytree of its numbers, np.array"),
     ({"method": None}, "method: None; expected a text"),
     ({"method": ["linear"]}, "method: ['linear']; expected a text"),
     ({"parameters": 5}, "space.parameters: expected a mapping, found 5"),

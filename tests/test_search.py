@@ -436,6 +436,14 @@ def test_run_folder_of_another_run_is_refused(config_file, finished, arguments, 
     assert expected in line and contents(finished) == before
 
 
+def test_a_run_folder_is_named_where_its_config_or_model_is_looked_for_elsewhere(config_file, finished, tmp_path):
+    line = refusal("search", finished / "config.yaml", "--out", tmp_path / "none", "--resume")
+    assert line.endswith(f"none: holds no run to resume; {finished} is a run: --out {finished} resumes it\n")
+    model = f"{finished}: is a run of a search; its model is {finished / 'best/model'}\n"
+    for arguments in (["inspect", finished], ["search", config_file, "--set", f"parents.0={finished}"]):
+        assert refusal(*arguments, *([] if arguments[0] == "inspect" else ["--out", tmp_path / "run"])).endswith(model)
+
+
 def test_overwrite_starts_again_and_keeps_what_is_not_its_own(likelihood_file, finished_likelihood, tmp_path):
     out = shutil.copytree(finished_likelihood, tmp_path / "run")
     for name in contents(finished_likelihood).keys() - {"config.yaml", "best/model/model.safetensors"}:

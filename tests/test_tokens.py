@@ -166,7 +166,12 @@ def test_a_model_without_a_tokenizer_has_the_base_s(llamas: Path, monkeypatch: p
     expected = theirs(llamas, document, monkeypatch)
     assert_same(found, expected)
     assert_same_tokens(found, expected)
-    assert [warning for warning in warnings if "bare: has no tokenizer" in warning]
+    line = f"{llamas / 'bare'}: has no tokenizer; its rows are taken for those of {llamas / 'base'}"
+    assert line in warnings
+    for names in (("base", "bare"), ("bare", "base")):
+        assert open_sources([llamas / name for name in names])[0].warnings == (line,)
+    assert open_sources([llamas / "bare", llamas / "bare"])[0].warnings == ()
+    assert ours(llamas, merge("bare", "base"))[1] == (line,)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -513,6 +513,9 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
             return Folder(path, read_header(single, dtypes))
         if index.exists():
             return Folder(path, _open_shards(index, dtypes))
+    winner = path / "best/model"
+    if winner.is_dir() and (path / "config.yaml").exists():
+        raise InputError(path, f"is a run of a search; its model is {winner}")
     others = sorted(set(path.glob("*.safetensors")) - set(path.glob(FOREIGN_FILES)))
     if len(others) == 1:
         return Folder(path, read_header(others[0], dtypes))

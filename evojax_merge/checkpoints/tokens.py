@@ -169,8 +169,8 @@ def needs_code(folder: Path) -> bool:
 
 def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
     """A line for each folder whose tokenizer has other tokens in some rows than the first tokenizer: merged row by row,
-    such a row is made of two tokens. A tokenizer that needs custom code is not loaded. Raises InputError where any
-    other cannot be read."""
+    such a row is made of two tokens; and for each without a tokenizer, where others have one. A tokenizer that needs
+    custom code is not loaded. Raises InputError where any other cannot be read."""
     distinct: dict[tuple[str, ...], Path] = {}
     for folder in filter(has_tokenizer, folders):
         _check_files(folder)
@@ -179,17 +179,15 @@ def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
     if not distinct:
         return ()
     first, *others = distinct.values()
+    bare = [folder for folder in folders if not has_tokenizer(folder)]
+    warnings = [f"{folder}: has no tokenizer; its rows are taken for those of {first}" for folder in bare]
     coded = [folder for folder in distinct.values() if needs_code(folder)]
     if coded:
         # The tokens of custom code are unknown; only the files can be compared.
         what = f"{coded[0]}: its tokenizer is custom code, which is never run"
-        return (
-            (f"{what}; its rows are taken for those of {others[0] if coded[0] == first else first}",) if others else ()
-        )
-    if not others:
-        return ()
-    expected = _tokens_of_rows(load_tokenizer(first))
-    warnings = []
+        line = f"{what}; its rows are taken for those of {others[0] if coded[0] == first else first}"
+        return (*warnings, line) if others else tuple(warnings)
+    expected = _tokens_of_rows(load_tokenizer(first)) if others else {}
     for folder in others:
         tokens = _tokens_of_rows(load_tokenizer(folder))
         differing = [row for row in sorted(tokens.keys() | expected.keys()) if tokens.get(row) != expected.get(row)]

@@ -164,6 +164,8 @@ def search(
         plugins.load()
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
+        if resume and not out.exists() and is_run(RunFolder(path.parent)):
+            raise InputError(out, f"holds no run to resume; {path.parent} is a run: --out {path.parent} resumes it")
         check_outputs(watching.outputs(), {"CONFIG": path} | RunFolder(out).named_files)
         on_started = partial(resume_hint.on_started, command("--out", str(out), *options, "--resume"))
         with watched_by(watching):

@@ -159,9 +159,11 @@ def read_examples(path: Path) -> dict[str, np.ndarray]:
 
 def check_examples(where: object, examples: Any) -> None:
     """Raises InputError unless all arrays of a pytree have the same number of rows, 1 or more."""
-    sizes = sorted({np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in jax.tree.leaves(examples)})
+    leaves = jax.tree.leaves(examples)
+    sizes = sorted({np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves})
     if len(sizes) != 1 or not sizes[0]:
-        raise InputError(where, f"has arrays with leading axes of {sizes}; expected one number of examples")
+        hint = "; a list is a pytree of its numbers, np.array makes it an array" * any(map(np.isscalar, leaves))
+        raise InputError(where, f"has arrays with leading axes of {sizes}; expected one number of examples{hint}")
 
 
 def open_arrays(config: ArraysConfig, opening: Opening) -> ArrayTask:

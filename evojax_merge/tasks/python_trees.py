@@ -65,12 +65,20 @@ def shown_path(path: Path) -> str:
 
 
 def flatten(where: str, tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
-    """The leaves of a pytree, with their paths, and its structure."""
+    """The leaves of a pytree, with their paths, and its structure. Raises InputError for a leaf that JAX does not take,
+    such as a tensor of torch, and for an object that is no pytree."""
     try:
-        return jax.tree_util.tree_flatten_with_path(tree)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     # These are raised for keys that cannot be sorted, and for a tree that contains itself, by the depth of JAX's calls.
     except (TypeError, ValueError, RecursionError, SystemError) as error:
         raise InputError(where, f"is no pytree ({error})") from None
+    for path, leaf in leaves:
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+            raise InputError(
+                where, f"leaf {shown_path(path)!r} is a {type(leaf).__name__}; expected an array of NumPy or JAX: "
+                "jax.tree.map(np.asarray, …) makes arrays of tensors on the CPU",
+            )  # fmt: skip
+    return leaves, structure
 
 
 def is_key(leaf: Any) -> bool:
