@@ -322,6 +322,7 @@ def test_parents_of_different_sizes_name_the_first_tensor_and_both_shapes(models
         assert "model.layers.0.mlp." in line
         assert "[96, 48]" in line or "[48, 96]" in line
         assert "[80, 48]" in line or "[48, 80]" in line
+        assert "models of different widths cannot be merged" in line and "evojax-merge inspect" in line
 
 
 def test_parents_of_different_vocabularies_or_depths(models: Path, refused: Refusal) -> None:

@@ -156,6 +156,35 @@ def test_the_kind_of_task_goes_by_the_fields(
 
 
 @pytest.mark.parametrize(
+    ("record", "unread"),
+    [
+        ({"question": "w5", "A": "w6", "B": "w7", "C": "w8", "answer": "B"}, "A, B, C"),
+        ({"question": "w5", "option_a": "w6", "option_b": "w7", "answer": "a"}, "option_a, option_b"),
+        ({"question": "w5", "choice1": "w6", "choice2": "w7", "answer": "1"}, "choice1, choice2"),
+        ({"question": "w5", "A": "w6", "answer": "w7"}, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["exam.jsonl", "exam.csv"])
+def test_choices_in_columns_that_no_task_reads_are_named(
+    init: Init, capsys: pytest.CaptureFixture[str], name: str, record: dict[str, Any], unread: str | None
+) -> None:
+    if name.endswith(".csv"):
+        Path(name).write_text("\n".join([",".join(record), *[",".join(record.values())] * 10]))
+    else:
+        write_lines(Path(name), [record] * 10)
+    assert init(*MODELS, "--data", name) == 0
+    said = capsys.readouterr().err
+    assert said.count("does not read") == (0 if unread is None else 1)
+    assert unread is None or f"{name}: the task does not read {unread}; if these are choices" in said
+    if unread is not None:
+        choices = [record[field] for field in unread.split(", ")]
+        data = records({"question": "w5", "choices": choices, "answer": record["answer"].upper()})
+        assert init("again.yaml", *MODELS, "--data", data) == 0
+        assert document("again.yaml")["tasks"][0]["kind"] == "multiple_choice"
+        assert "does not read" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "method",
     sample([name for name, method in METHODS.items() if searched_parameters(method)], 5),
 )
@@ -194,6 +223,17 @@ def test_other_tokens_are_aligned(init: Init, tmp_path: Path) -> None:
     assert document()["tokenizer_source"] == "base"
     assert init("b.yaml", "--parents", "one", "swapped", "--data", "tasks.jsonl") == 0
     assert document("b.yaml")["tokenizer_source"] == "one" and document("b.yaml")["space"]["method"] == "linear"
+
+
+def test_models_of_other_widths_and_tokens_are_refused_with_the_shapes_of_their_files(
+    init: Init, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = random_model(tiny_config(hidden_size=96, vocab_size=60, tie_word_embeddings=True))
+    save(wide, tmp_path / "wide", words()[:60][::-1])
+    assert init("--parents", "one", "wide", "--data", "tasks.jsonl") == 2
+    said = capsys.readouterr().err
+    assert "has shape [60, 96], but [64, 48] in" in said
+    assert said.endswith("; models of different widths cannot be merged; `evojax-merge inspect` compares them\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -296,6 +296,8 @@ def test_depths_widths_and_architectures_that_differ(inspect: Callable[..., Any]
     rows = save(random_model(tiny_config(vocab_size=65)), tmp_path / "rows")
     report = inspect(base, deep)
     assert "passthrough" in sentence(report, "depth") and [m["layers"] for m in report["models"]] == [3, 4]
+    tall = save(random_model(tiny_config(hidden_size=96, num_hidden_layers=4)), tmp_path / "tall")
+    assert sentence(inspect(base, tall), "depth").endswith("weights cannot be merged.")
     report = inspect(base, wide)
     assert "cannot be merged" in sentence(report, "shapes") and "rows" not in kinds(report)
     assert "qwen2" in sentence(inspect(base, other), "architecture")
@@ -496,6 +498,26 @@ def test_a_model_that_is_no_language_model_says_what_searches_it(
     assert what in sentence(report, "search") and "takes it with backend: torch" in sentence(report, "search")
     begin = sentence(report, "begin")
     assert f"evojax-merge init --parents {model} MODEL --data DATA" in begin and command in begin
+
+
+def test_a_layer_path_is_advised_to_language_models_alone(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    decoder = random_model(tiny_config())
+    for name, module in (("arrays", torch.nn.Linear(40, 40)), ("decoder", decoder)):
+        for number in range(2):
+            with torch.no_grad():
+                for weight in module.parameters():
+                    weight += number * 1.5 * weight.std() * torch.randn_like(weight) if weight.dim() > 1 else 0
+            folder = tmp_path / f"{name}{number}"
+            if module is decoder:
+                save(decoder, folder)
+            else:
+                folder.mkdir()
+                save_file(module.state_dict(), folder / "net.safetensors")
+    ending = "/net.safetensors"
+    arrays = sentence(inspect(f"{tmp_path}/arrays0{ending}", f"{tmp_path}/arrays1{ending}"), "far_apart")
+    assert arrays.endswith("start from one of them (seeds: [parents]).")
+    assert "search a layer path" in sentence(inspect(tmp_path / "decoder0", tmp_path / "decoder1"), "far_apart")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -381,6 +381,11 @@ def test_bad_recipes_are_refused_in_a_line(tmp_path: Path) -> None:
     biased_recipe = recipe_of([biased, *models[1:]])
     refused(("qkv_bias is True, which a Mixtral cannot have",), **biased_recipe)
     refused(("holds no model.safetensors",), **recipe_of([tmp_path / "wide", *models[1:]]))
+    for document, says in (
+        ({"merge_method": "linear", "models": []}, ("is a mergekit recipe", "evojax-merge merge")),
+        ({"parents": [], "tasks": []}, ("is the config of a search", "evojax-merge search")),
+    ):
+        assert_refused(says, "moe", write_yaml(tmp_path / "bad.yaml", document), tmp_path / "out")
     recipe = write_yaml(tmp_path / "moe.yaml", recipe_of(models))
     assert_refused((f"lies inside of {models[1]}",), "moe", recipe, models[1] / "out")
 

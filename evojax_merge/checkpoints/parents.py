@@ -369,43 +369,37 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check_shapes(sources: Sources, configs: Sequence[DecoderConfig]) -> None:
-    reference = sources.folders[0].path
     first = tensor_shapes(configs[0])
     for s, (folder, config) in enumerate(zip(sources.folders, configs, strict=True)):
         shapes = tensor_shapes(config)
         missing = [name for name in shapes if sources.name_in(s, name) not in folder.entries]
         if missing:
             more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-            which = f"which {reference} has" if missing[0] in first and s else "which its config asks for"
+            which = f"which {sources.folders[0].path} has" if missing[0] in first and s else "which its config asks for"
             raise InputError(folder.path, f"has no tensor {missing[0]}{more}, {which}")
         extra = sorted(set(folder.entries) - set(shapes) - {sources.token_tensors.head})
         if extra:
-            raise InputError(
-                folder.path, f"holds a tensor that its architecture does not have: {folder.names.in_file(extra[0])}"
-            )
+            what = f"holds a tensor that its architecture does not have: {folder.names.in_file(extra[0])}"
+            raise InputError(folder.path, what)
         for name, expected in shapes.items():
             entry, shape = sources.entry(s, name), sources.shape(s, name)
             if not is_float(entry.dtype):
-                raise InputError(
-                    entry.file,
-                    f"{sources.name_in(s, name)} holds {entry.dtype}; expected float weights (a quantised model?)",
-                )
+                what = f"{sources.name_in(s, name)} holds {entry.dtype}; expected float weights (a quantised model?)"
+                raise InputError(entry.file, what)
             if s and name in first and shape != sources.shape(0, name):
-                raise InputError(
-                    folder.path,
-                    f"{name} has shape {list(shape)}, but {list(sources.shape(0, name))} in {reference}"
-                    f"{rows_differ(sources, name, shape, sources.shape(0, name))}",
-                )
+                raise shapes_differ(sources, (s, name), (0, name))
             if shape != expected:
                 raise InputError(folder.path, f"{name} has shape {list(shape)}; its config says {list(expected)}")
 
 
-def rows_differ(sources: Sources, tensor: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """The advice, for a message, where two models differ in nothing but the number of their tokens' rows; else an empty
-    text."""
-    if not sources.has_rows(tensor) or found[1:] != expected[1:]:
-        return ""
-    return "; say tokenizer_source: base (or one of the models), so that rows are aligned by token"
+def shapes_differ(sources: Sources, tensor: tuple[int, str], other: tuple[int, str]) -> InputError:
+    """The error about two sources' tensors, with the shapes that their files have."""
+    shape, expected = sources.entry(*tensor).shape, sources.entry(*other).shape
+    advice = "models of different widths cannot be merged; `evojax-merge inspect` compares them"
+    if sources.has_rows(tensor[1]) and shape[1:] == expected[1:]:
+        advice = "say tokenizer_source: base (or one of the models), so that rows are aligned by token"
+    first, second = (sources.folders[number].path for number in (tensor[0], other[0]))
+    return InputError(first, f"{tensor[1]} has shape {list(shape)}, but {list(expected)} in {second}; {advice}")
 
 
 def _check_config(where: object, config: DecoderConfig, expected: DecoderConfig) -> None:

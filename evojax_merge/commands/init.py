@@ -24,9 +24,10 @@ from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.references import local_path
 from evojax_merge.config.documents import parse
 from evojax_merge.config.search_config import SpaceConfig, TaskFile
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError, print_warning, shown
 from evojax_merge.inspection.findings import ADDING_UP, Advice, advise, findings
 from evojax_merge.inspection.first_config import (
+    CHOICE,
     HEAD,
     Fields,
     FirstConfig,
@@ -365,13 +366,20 @@ def read_data(path: Path, choices: Choices, way: Way) -> MakeTask:
     source, file = _data(path, choices.data)
     records, fields = read_source(choices.data if file is None else file).records, choices.fields
     try:
-        task_for_records(source, records, ANY_TEMPLATE, fields)
+        task = task_for_records(source, records, ANY_TEMPLATE, fields)
     except InputError as error:
         prompt = _split("--prompt", read_line(f"{error}\nfields of the prompt: ")) if choices.fields == Fields() else ()
         if not prompt:
             raise
         fields = Fields(prompt, _split("--target", ask("--target", "fields of the answer: ")))
-        task_for_records(source, records, ANY_TEMPLATE, fields)
+        task = task_for_records(source, records, ANY_TEMPLATE, fields)
+    unread = [name for name in records[0].fields if CHOICE.fullmatch(name) and f"{{{name}}}" not in str(task.lines)]
+    if len(unread) > 1:
+        print_warning(
+            f"{source}: the task does not read {', '.join(unread)}; if these are choices, no model sees them: write "
+            "them as a list in one field, choices (JSON lines), beside the answer (a choice, its letter, or its number "
+            "from 0), and init makes a multiple_choice task"
+        )
 
     def make(templates: ModelTemplates) -> Made:
         task = task_for_records(source, records, templates, fields)

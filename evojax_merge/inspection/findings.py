@@ -84,7 +84,7 @@ def findings(models: Sequence[Model], names: Sequence[str], comparison: Comparis
     """All findings about the models, by their names in the report: whether they fit together, then whose base is whose,
     then what their task vectors mean for the methods."""
     fitting = [*_about_shapes(models, names), *_about_files(models, names)]
-    weights = [*_about_relations(names, comparison), *_about_task_vectors(names, comparison)]
+    weights = [*_about_relations(models, names, comparison), *_about_task_vectors(names, comparison)]
     return [*fitting, *weights, *_about_a_search(models, comparison)]
 
 
@@ -114,21 +114,21 @@ def _about_shapes(models: Sequence[Model], names: Sequence[str]) -> Iterator[Fin
             "merge of weights nor for a layer path.",
         )  # fmt: skip
         return
+    differing = differing_shapes(models)
+    rows = differing_in_rows_alone(models, differing)
+    widths = [name for name in differing if name not in rows]
     depths = [model.layers for model in models]
     if len(set(depths)) > 1:
         each = ", ".join(f"{name} has {depth}" for name, depth in zip(names, depths, strict=True))
         yield Finding(
-            "depth", f"The numbers of layers differ ({each}): weights cannot be merged; a layer path (data_flow) or a "
-            "passthrough recipe can take layers from all of them.",
+            "depth", f"The numbers of layers differ ({each}): weights cannot be merged"
+            f"{'' if widths else '; a layer path (data_flow) or passthrough recipe can take layers from all of them'}.",
         )  # fmt: skip
-    differing = differing_shapes(models)
-    rows = differing_in_rows_alone(models, differing)
     if rows:
         yield Finding(
             "rows", f"The embeddings have different numbers of rows ({rows[0]}): say tokenizer_source in the config or "
             "the recipe, so that rows are aligned by token.",
         )  # fmt: skip
-    widths = [name for name in differing if name not in rows]
     if widths:
         yield Finding(
             "shapes", f"{len(widths)} tensors differ in shape (such as {widths[0]}): models of different widths cannot "
@@ -220,7 +220,7 @@ def _about_files(models: Sequence[Model], names: Sequence[str]) -> Iterator[Find
         )  # fmt: skip
 
 
-def _about_relations(names: Sequence[str], comparison: Comparison) -> Iterator[Finding]:
+def _about_relations(models: Sequence[Model], names: Sequence[str], comparison: Comparison) -> Iterator[Finding]:
     for number, name in enumerate(names):
         bad = [tensor for tensor in comparison.measured if tensor.nonfinite[number]]
         if bad:
@@ -248,10 +248,11 @@ def _about_relations(names: Sequence[str], comparison: Comparison) -> Iterator[F
     ]  # fmt: skip
     if distant:
         pair = min(distant, key=lambda pair: pair.cosine or 0.0)
+        path = ", or search a layer path" if models[pair.first].unsearchable is None else ""
         yield Finding(
             "far_apart", f"{names[pair.first]} and {names[pair.second]} are far apart (cosine of matrices "
             f"{pair.cosine:.2f}): interpolating between them may cross a barrier; start from one of them (seeds: "
-            "[parents]), or search a layer path.",
+            f"[parents]){path}.",
         )  # fmt: skip
     for pair in comparison.pairs:
         if pair.relative_distance == 0:

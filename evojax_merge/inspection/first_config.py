@@ -33,6 +33,8 @@ PAIRS = (
 )  # fmt: skip
 CHOICES, ANSWERS, STEMS = ("choices", "options"), ("answer", "answerKey", "label", "gold"), ("question", "prompt")
 TEXTS = ("text", "content")
+# The names of fields that hold a choice each: A, B, … or option_a, choice1 and the like.
+CHOICE = re.compile(r"(option|choice)[_ ]?[a-h1-8]|[a-h]", re.IGNORECASE)
 # The fields of a network's examples by the kind of task: what the user's option names, its key in the task's section,
 # and the names that data sets have for it. The key `text` is `image` where the field holds the name of a picture.
 SEEN = (

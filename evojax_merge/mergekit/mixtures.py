@@ -35,6 +35,7 @@ from evojax_merge.mergekit.gates import (
     random_gates,
     router_rows,
 )
+from evojax_merge.mergekit.other_formats import MOE, other_format
 from evojax_merge.mergekit.schema import parse_reference
 from evojax_merge.models.architecture import ROUTER, find_architecture, tensor_shape, tensors_of
 from evojax_merge.models.config import LlamaLikeConfig
@@ -295,6 +296,11 @@ class MixturePlan:
 def parse_mixture(path: Path, document: Any) -> tuple[MixtureRecipe, list[str]]:
     """The recipe of a YAML document, and a line for each key that mergekit-moe ignores. Raises InputError for a key
     that is nearly one of its keys, and for values that it does not take."""
+    message = other_format(document)
+    if message is None and isinstance(document, dict) and "merge_method" in document and "experts" not in document:
+        message = "is a mergekit recipe, not a config of mergekit-moe; do it with evojax-merge merge"
+    if message and message != MOE:
+        raise InputError(path, message)
     ignored: list[str] = []
 
     def checked(place: str, section: Any, names: Collection[str]) -> Any:

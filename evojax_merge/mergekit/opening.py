@@ -18,7 +18,7 @@ from evojax_merge.checkpoints.parents import (
     decoder_configs,
     is_merged_as,
     position_notes,
-    rows_differ,
+    shapes_differ,
 )
 from evojax_merge.checkpoints.tokens import TokenizerChoice, align
 from evojax_merge.errors import InputError, shown
@@ -75,7 +75,7 @@ def open_models(
             raise InputError(
                 folder.where,
                 f"model_type is {shown(kind)}, but {first.path} is {shown(expected)}; expected one architecture "
-                "(--allow-crimes merges them if their tensors agree)",
+                "(merge --allow-crimes merges them if their tensors agree)",
             )
     folders = (first, *(named_alike(model, first) if model.config else model for model in folders[1:]))
     decoder, sources = first.architecture, Sources(folders)
@@ -183,7 +183,7 @@ def _check_has_config(folder: DecoderFolder, other: DecoderFolder) -> None:
     if not folder.whole.config and other.whole.config:
         raise InputError(
             folder.path, f"is of weights alone, and {other.path} is a model with a config.json; expected the folder of "
-            "that model (--allow-crimes merges them if their tensors agree)",
+            "that model (merge --allow-crimes merges them if their tensors agree)",
         )  # fmt: skip
 
 
@@ -269,23 +269,13 @@ def check_inputs(recipe: RecipeFile, sources: Sources, tensor_plan: TensorPlan) 
             embedding = sources.token_tensors.embedding
             rows, tokens = sources.entry(s, key).shape[0], sources.entry(s, embedding).shape[0]
             if rows < tokens:
-                raise InputError(
-                    sources.folders[s].path,
-                    f"{key} has {rows:,} rows, but {embedding} {tokens:,}; expected as many, one for each token",
-                )
+                what = f"{key} has {rows:,} rows, but {embedding} {tokens:,}; expected as many, one for each token"
+                raise InputError(sources.folders[s].path, what)
     (first, name), *others = tensor_plan.inputs
-    expected = sources.shape(first, name)
     for s, key in others:
-        if sources.shape(s, key) != expected:
-            where = sources.folders[s].path
-            raise InputError(
-                where,
-                f"{key} has shape {list(sources.shape(s, key))}, but {list(expected)} in {sources.folders[first].path}"
-                f"{rows_differ(sources, key, sources.shape(s, key), expected)}",
-            )
-        if is_float(sources.entry(s, key).dtype) != is_float(sources.entry(first, name).dtype):
-            raise InputError(
-                sources.folders[s].path,
-                f"{key} is {sources.entry(s, key).dtype}, but {sources.entry(first, name).dtype} in "
-                f"{sources.folders[first].path}",
-            )
+        if sources.shape(s, key) != sources.shape(first, name):
+            raise shapes_differ(sources, (s, key), (first, name))
+        dtype, expected = sources.entry(s, key).dtype, sources.entry(first, name).dtype
+        if is_float(dtype) != is_float(expected):
+            where, other = sources.folders[s].path, sources.folders[first].path
+            raise InputError(where, f"{key} is {dtype}, but {expected} in {other}")
