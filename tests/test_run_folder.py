@@ -271,5 +271,5 @@ def test_a_run_of_another_config_names_its_key_before_its_files(tmp_path: Path) 
     open_run(tmp_path / "run", document("a.jsonl", 0), resume=False, overwrite=False)
     with pytest.raises(InputError, match="belongs to another config: seed differs"):
         open_run(tmp_path / "run", document("b.jsonl", 1), resume=True, overwrite=False)
-    with pytest.raises(InputError, match="belongs to other inputs: .*a.jsonl was removed"):
+    with pytest.raises(InputError, match=r"belongs to other inputs: .*a\.jsonl was removed"):
         open_run(tmp_path / "run", document("b.jsonl", 0), resume=True, overwrite=False)
