@@ -173,9 +173,9 @@ def test_choices_in_columns_that_no_task_reads_are_named(
     else:
         write_lines(Path(name), [record] * 10)
     assert init(*MODELS, "--data", name) == 0
-    said = capsys.readouterr().err
-    assert said.count("does not read") == (0 if unread is None else 1)
-    assert unread is None or f"{name}: the task does not read {unread}; if these are choices" in said
+    err = capsys.readouterr().err
+    assert err.count("does not read") == (0 if unread is None else 1)
+    assert unread is None or f"{name}: the task does not read {unread}; if these are choices" in err
     if unread is not None:
         choices = [record[field] for field in unread.split(", ")]
         data = records({"question": "w5", "choices": choices, "answer": record["answer"].upper()})
@@ -231,9 +231,9 @@ def test_models_of_other_widths_and_tokens_are_refused_with_the_shapes_of_their_
     wide = random_model(tiny_config(hidden_size=96, vocab_size=60, tie_word_embeddings=True))
     save(wide, tmp_path / "wide", words()[:60][::-1])
     assert init("--parents", "one", "wide", "--data", "tasks.jsonl") == 2
-    said = capsys.readouterr().err
-    assert "has shape [60, 96], but [64, 48] in" in said
-    assert said.endswith("; models of different widths cannot be merged; `evojax-merge inspect` compares them\n")
+    err = capsys.readouterr().err
+    assert "has shape [60, 96], but [64, 48] in" in err
+    assert err.endswith("; models of different widths cannot be merged; `evojax-merge inspect` compares them\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------

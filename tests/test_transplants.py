@@ -129,11 +129,11 @@ def test_tied_heads_are_transplanted_with_their_embeddings(
         model_with(load_tokenizer(folder), tmp_path / name, seed, hidden_size=width, tie_word_embeddings=is_tied)
         for folder, name, seed, width, is_tied in zip(pair, ("model", "donor"), (1, 2), (48, 32), tied, strict=True)
     ]
-    found = ours(*folders, tmp_path / "ours", *METHODS["omp"])
+    rows = ours(*folders, tmp_path / "ours", *METHODS["omp"])
     expected = by_mergekit(*folders, tmp_path / "theirs", *METHODS["omp"])
-    assert (HEAD in found) != tied[0]
+    assert (HEAD in rows) != tied[0]
     for tensor, values in expected.items():
-        np.testing.assert_allclose(found[tensor], values, rtol=2e-4, atol=2e-5, err_msg=tensor)
+        np.testing.assert_allclose(rows[tensor], values, rtol=2e-4, atol=2e-5, err_msg=tensor)
 
 
 def test_a_transplant_loads_and_speaks_the_donors_tokens(pair: tuple[Path, Path], tmp_path: Path) -> None:

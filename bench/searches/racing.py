@@ -233,18 +233,18 @@ def run_seed(
     for name, racing in (("race", replace(on_halves, choice=None)), ("chosen", on_halves)):
         if name in wanted or f"longer {name}" in wanted:
             storage = Kept()
-            found = search(halved, seed, racing, storage, generations)
-            choices[name] = choose(problem, found, full, heldout)
+            outcome = search(halved, seed, racing, storage, generations)
+            choices[name] = choose(problem, outcome, full, heldout)
         if f"longer {name}" in wanted:
-            more = max(generations, int(SPENT * generations * passes / found[1]))
-            found = search(halved, seed, racing, storage, more)
-            choices[f"longer {name}"] = choose(problem, found, full, heldout)
+            more = max(generations, int(SPENT * generations * passes / outcome[1]))
+            outcome = search(halved, seed, racing, storage, more)
+            choices[f"longer {name}"] = choose(problem, outcome, full, heldout)
     whole: Splits[Any] = Splits([kept], full, None, heldout)
     storage, share = Kept(), race_share(problem.strategy.population, rungs)
     for name, until in (("fewer", max(1, round(share * generations))), ("whole", generations)):
         if name in wanted:
-            found = search(problem, seed, whole, storage, until)
-            choices[name] = choose(problem, found, full, heldout)
+            outcome = search(problem, seed, whole, storage, until)
+            choices[name] = choose(problem, outcome, full, heldout)
     choices = {name: choices[name] for name in wanted}
     if "whole" not in wanted:
         return choices, None

@@ -226,11 +226,11 @@ def evolve(
                 reporter.warn(
                     "the gradient is 0 everywhere: nothing that is searched changes the scores, to first order"
                 )
-            told = tell(strategy, key, asked, genomes, evaluated.halved.scores)
-            state = next_state(told, genes, evaluated.halved, state)
+            strategy_state = tell(strategy, key, asked, genomes, evaluated.halved.scores)
+            state = next_state(strategy_state, genes, evaluated.halved, state)
             number += 1
             look, state = _look(problem, on.validation, number, state)
-            figures = {**metrics(strategy, told), **evaluated.figures}
+            figures = {**metrics(strategy, strategy_state), **evaluated.figures}
             recorder.record(number, genes, evaluated, state, figures, look)
     finite = np.isfinite(state["fitness"])
     return Archive(
