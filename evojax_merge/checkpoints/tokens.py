@@ -182,12 +182,13 @@ def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
     bare = [folder for folder in folders if not has_tokenizer(folder)]
     warnings = [f"{folder}: has no tokenizer; its rows are taken for those of {first}" for folder in bare]
     coded = [folder for folder in distinct.values() if needs_code(folder)]
-    if coded:
+    if coded and others:
         # The tokens of custom code are unknown; only the files can be compared.
         what = f"{coded[0]}: its tokenizer is custom code, which is never run"
-        line = f"{what}; its rows are taken for those of {others[0] if coded[0] == first else first}"
-        return (*warnings, line) if others else tuple(warnings)
-    expected = _tokens_of_rows(load_tokenizer(first)) if others else {}
+        warnings.append(f"{what}; its rows are taken for those of {others[0] if coded[0] == first else first}")
+    if coded or not others:
+        return tuple(warnings)
+    expected = _tokens_of_rows(load_tokenizer(first))
     for folder in others:
         tokens = _tokens_of_rows(load_tokenizer(folder))
         differing = [row for row in sorted(tokens.keys() | expected.keys()) if tokens.get(row) != expected.get(row)]
