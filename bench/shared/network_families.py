@@ -1,6 +1,7 @@
 """Searches over families of networks that the zoo trains: held-out scores by model and seed, and the winner's leads."""
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ def run_seed(
             row = scores.matrices[task][metric][0]
             if key == score:
                 examples[name] = row
+                # A seed of large models takes hours.
+                print(f"seed {seed}: {name}: {row.mean():.4f}", file=sys.stderr, flush=True)
             else:
                 means[key][name] = float(row.mean())
 
