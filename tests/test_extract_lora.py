@@ -245,7 +245,7 @@ def test_models_that_make_no_adapter_are_refused(tmp_path: Path) -> None:
     for model, options, says in (
         (tmp_path / "copy", (), "no matrix differs"),
         (base, (), "is its own base"),
-        (tmp_path / "short", (), "models of different widths cannot be merged (`evojax-merge inspect`"),
+        (tmp_path / "short", (), "models of different widths cannot be merged; `evojax-merge inspect`"),
         (tmp_path / "other", (), "(merge --allow-crimes merges them"),
         (tuned, ("--include-regex", "("), "--include-regex: the pattern '(' is not a regular expression"),
         (tuned, ("--energy", "1.5"), "--energy"),

@@ -99,7 +99,6 @@ def sparse_combination(how: Approximation, targets: np.ndarray, points: np.ndarr
     else:
         solve = partial(_interpolation, count, how.weight_scheme, how.cosine_similarity)
     on_device = jnp.asarray(points, jnp.float32)
-    del points
     numbers, coefficients = np.empty((total, count), np.int32), np.empty((total, count), np.float32)
     for start in range(0, total, BATCH):
         batch = np.asarray(targets[start : start + BATCH], np.float32)

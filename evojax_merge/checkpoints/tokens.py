@@ -442,8 +442,6 @@ def aligned_rows(vocabulary: Vocabulary, model: int, tensors: Mapping[int, np.nd
 
 def padded_rows(vocabulary: Vocabulary, rows: np.ndarray) -> np.ndarray:
     """The rows of all tokens `[V, …]`, with the vocabulary's padding behind them."""
-    return (
-        rows
-        if not vocabulary.padding
-        else np.concatenate([rows, np.broadcast_to(rows.mean(axis=0), (vocabulary.padding, *rows.shape[1:]))])
-    )
+    if not vocabulary.padding:
+        return rows
+    return np.concatenate([rows, np.broadcast_to(rows.mean(axis=0), (vocabulary.padding, *rows.shape[1:]))])

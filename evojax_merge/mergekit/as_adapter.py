@@ -336,7 +336,7 @@ def _write_differences(
             writer.add_factors(key, *change.factors)
             ranks[key] = len(change.factors[0])
         experts_change = experts_change or (change.of_experts and change.factors is not None)
-        if change.of_experts and change.factors is None:
+        if change.of_experts and matrix and change.factors is None:
             unchanged_experts[key] = change.shape
         if change.whole is not None and matrix:
             writer.add_whole(key, change.whole)

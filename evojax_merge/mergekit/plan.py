@@ -395,8 +395,8 @@ def _check_depth(recipe: RecipeFile, model: str, actual: Layout, first: str, exp
     if model_counts != first_counts:
         depths = [", ".join(map(str, counts.values())) or "no" for counts in (model_counts, first_counts)]
         raise InputError(
-            recipe.where, f"models: {model} has {depths[0]} layers, but {first} has {depths[1]}; slices: say "
-            "which, and models of different widths cannot be merged (`evojax-merge inspect` compares them)",
+            recipe.where, f"models: {model} has {depths[0]} layers, but {first} has {depths[1]}; say which "
+            "with slices: (models of different widths cannot be merged; `evojax-merge inspect` compares them)",
         )  # fmt: skip
 
 

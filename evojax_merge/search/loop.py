@@ -120,10 +120,11 @@ class Schedule:
         by_gradient = wants_gradients(self._problem.strategy, state["strategy"])
         if self._minibatches and not self._is_fitness and by_gradient != self._by_gradient:
             reporter.log(self._announcement(number, by_gradient))
-        self._by_gradient, started = by_gradient, time.perf_counter()
+        self._by_gradient = by_gradient
         turns = shard_order(len(self._minibatches if by_gradient else self._shards), self._problem.seed, number)
         if by_gradient:
             return self._differentiate(number, turns[0], genomes, surrogate, reporter)
+        started = time.perf_counter()
         shards = [within(shard, context) for shard in self._shards]
         order = (
             order_shards(shards, turns) if self._choice is None
@@ -142,9 +143,8 @@ class Schedule:
     ) -> Evaluated:
         """Evaluate and differentiate genomes `float32[P, D]` on minibatch `turn`. Candidates that were evaluated on the
         fitness, on the only minibatch or on all examples besides, count as complete."""
-        started, evaluator, parts, size = (
-            time.perf_counter(), self._minibatches[turn], shard_parts(self._minibatches), len(genomes)
-        )  # fmt: skip
+        started, evaluator = time.perf_counter(), self._minibatches[turn]
+        parts, size = shard_parts(self._minibatches), len(genomes)
         looked = self._looks and (number + 1) % STEPS_PER_LOOK == 0
         seen: GenomeEvaluator = self._shards[0] if looked else evaluator
         reporter.evaluating(number, evaluator.passes(size) + (seen.passes(size) if looked else 0))
