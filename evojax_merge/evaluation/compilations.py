@@ -42,13 +42,15 @@ def keep_compiled_programs() -> None:
 def _remove_oldest(folder: Path) -> None:
     """Remove compiled programs, those used longest ago first, until the others have at most MAX_COMPILED_BYTES. JAX's
     own limit would look at all of them whenever it adds one."""
-    with suppress(OSError):
-        programs = [(file.stat(), file) for file in folder.glob("*-cache")]
+    with suppress(OSError), os.scandir(folder) as entries:
+        programs = [(entry.stat(), entry.path) for entry in entries if entry.name.endswith("-cache")]
         excess = sum(status.st_size for status, _ in programs) - MAX_COMPILED_BYTES
-        for status, file in sorted(programs, key=lambda pair: max(pair[0].st_atime, pair[0].st_mtime)):
+        if excess > 0:
+            programs.sort(key=lambda pair: max(pair[0].st_atime, pair[0].st_mtime))
+        for status, path in programs:
             if excess <= 0:
                 break
-            remove_file(file)
+            remove_file(Path(path))
             excess -= status.st_size
 
 

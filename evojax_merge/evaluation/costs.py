@@ -145,30 +145,35 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length, platform: Platform | None = 
     """The cost of a closed jaxpr. Among branches the one with the most FLOPs counts, half of it where another computes
     nothing: blocks of a causal row are skipped so. Where the compilation target selects the branch, that of `platform`
     counts."""
-    products: Counter[Product] = Counter()
+    products, inner_products = Counter[Product](), Counter[Product]()
     elementwise = 0.0
-    inner_cost = Cost()
     for eqn in jaxpr.jaxpr.eqns:
         name = eqn.primitive.name
-        inner = [cost_of(part, trips, platform) for part in jaxprs_of(eqn, platform)]
         if name == "dot_general":
             products[_product(eqn)] += 1
         elif name == "conv_general_dilated":
             products[_convolution(eqn)] += 1
         elif name == "ragged_dot_general":
             products[_ragged_product(eqn)] += 1
-        elif name == "cond":
-            inner_cost += max(inner, key=lambda cost: cost.flops) * (1.0 if all(cost.flops for cost in inner) else 0.5)
-        elif inner:
-            times = trips(eqn) if name in ("scan", "while") else 1
-            if is_of_one_device(eqn):
-                times = eqn.params["mesh"].shape[MODEL_AXIS]
-            inner_cost += sum(inner, Cost()) * times
         elif name in ELEMENTWISE:
             elementwise += sum(size_of_aval(out.aval) for out in eqn.outvars)
+        elif name in FUSED:
+            continue
+        elif inner := [cost_of(part, trips, platform) for part in jaxprs_of(eqn, platform)]:
+            times: float = trips(eqn) if name in ("scan", "while") else 1
+            if is_of_one_device(eqn):
+                times = eqn.params["mesh"].shape[MODEL_AXIS]
+            if name == "cond":
+                times = 1.0 if all(cost.flops for cost in inner) else 0.5
+                inner = [max(inner, key=lambda cost: cost.flops)]
+            for cost in inner:
+                elementwise += cost.elementwise * times
+                for product, count in cost.products.items():
+                    inner_products[product] += count * times  # type: ignore[assignment]
         elif name.startswith(("reduce_", "arg", "cum")):
             elementwise += sum(size_of_aval(operand.aval) for operand in eqn.invars)
-    return Cost(products, elementwise) + inner_cost
+    products.update(inner_products)
+    return Cost(products, elementwise)
 
 
 def is_of_one_device(eqn: Any) -> bool:

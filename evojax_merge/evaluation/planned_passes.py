@@ -4,7 +4,7 @@ only headers need be there."""
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, Protocol
 
 import jax
@@ -17,7 +17,7 @@ from evojax_merge.evaluation.devices import Devices, is_sharded, tree_nbytes
 from evojax_merge.evaluation.liveness import exchanges, sent_bytes, temporary_bytes
 from evojax_merge.evaluation.passes import TracedPass, abstract_results, trace
 from evojax_merge.evaluation.programs import Evaluation, Program
-from evojax_merge.evaluation.targets import Target
+from evojax_merge.evaluation.targets import Platform, Target
 from evojax_merge.models.architecture import EMBEDDING, HEAD
 from evojax_merge.models.bank import Bank
 
@@ -100,16 +100,18 @@ class PlannedPass:
         """The cost of all its runs, for one candidate."""
         # On a CPU the program finds how many blocks of a mixture's tokens it computes: each token counts once.
         platform = None if target.platform == "cpu" else target.platform
-
-        def trips(eqn: Any) -> int:
-            return self.steps if eqn.primitive.name == "while" else scan_length(eqn)
-
-        computed = cost_of(self.traced.jaxpr, trips, platform) * (self.runs / self.candidates)
+        computed = _cost_of(self.traced.jaxpr, self.steps, platform) * (self.runs / self.candidates)
         return computed + Cost(
             merge_bytes=float(self.merge_bytes * self.runs), called_seconds=self.called_seconds * self.runs,
             sent_bytes=self.sent_bytes * self.runs / self.candidates, brought_bytes=self.brought_bytes,
             disk_bytes=self.disk_bytes,
         )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _cost_of(jaxpr: Any, steps: int, platform: Platform | None) -> Cost:
+    """The cost of a closed jaxpr whose `while` loops run so many steps. A plan asks for each several times."""
+    return cost_of(jaxpr, lambda eqn: steps if eqn.primitive.name == "while" else scan_length(eqn), platform)
 
 
 def plan(evaluation: Evaluation, task: str, reader: PassReader) -> list[PlannedPass]:

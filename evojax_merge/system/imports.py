@@ -4,6 +4,9 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Whether a block has ended: the collector itself counts what is frozen one by one.
+_frozen: list[bool] = []
+
 
 @contextmanager
 def importing() -> Iterator[None]:
@@ -15,7 +18,8 @@ def importing() -> Iterator[None]:
         yield
     finally:
         # Later there may be garbage, which would stay for ever.
-        if gc.get_freeze_count() == 0:
+        if not _frozen:
             gc.freeze()
+            _frozen.append(True)
         if was_enabled:
             gc.enable()

@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import cache
 from pathlib import Path
 
 from evojax_merge.errors import InputError, first_line, shown
@@ -23,12 +24,13 @@ def check_environment() -> None:
     except ValueError as error:
         raise InputError("environment", f"JAX cannot be started ({error})") from None
     if flags:
-        _try_flags()
+        _try_flags(flags)
 
 
-def _try_flags() -> None:
-    """Raises InputError for flags that XLA does not know. XLA ends the process that parses such flags, so a child
-    parses them first."""
+@cache
+def _try_flags(flags: str) -> None:
+    """Raises InputError where XLA does not know the environment's flags. It ends the process that parses such flags, so
+    a child parses them first, once."""
     from jax._src.lib import xla_client
 
     read, write = os.pipe()

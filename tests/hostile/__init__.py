@@ -26,6 +26,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 
@@ -314,7 +315,9 @@ def serve() -> None:
     from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast  # noqa: F401
 
     import evojax_merge.api.models  # noqa: F401
+    from evojax_merge.errors import InputError
     from evojax_merge.search import checkpoints
+    from evojax_merge.system.jax_environment import check_environment
 
     # Searches of tests take milliseconds a generation, of which a search leaves out most checkpoints.
     checkpoints.SAVING_SHARE = 1.0
@@ -336,6 +339,9 @@ def serve() -> None:
             continue
         for name in request.get("imports", ()):
             importlib.import_module(name)
+        # A child forks a process that tries its flags: those that were tried here need none.
+        with suppress(InputError), patch.dict(os.environ, XLA_FLAGS=request["environment"].get("XLA_FLAGS", "")):
+            check_environment()
         started = time.monotonic()
         child = os.fork()
         if child == 0:
