@@ -1,8 +1,10 @@
 """Searching for a merge of any pytrees: what is merged, against float64 NumPy; groups, determinism, errors."""
 
+import contextlib
 import gc
 import subprocess
 import sys
+from collections import deque
 from typing import Any
 
 import jax
@@ -404,6 +406,40 @@ def test_a_run_folder_is_continued_where_it_was_broken_off(tmp_path: Any) -> Non
     saved = load_file(tmp_path / "run/best/model/params.safetensors")
     assert saved.keys() == {"encoder/kernel", "encoder/bias", "decoder/kernel", "decoder/scale"}
     np.testing.assert_array_equal(saved["encoder/kernel"], whole.best.merged()["encoder"]["kernel"])
+
+
+def study_of(fitness: Any, **settings: Any) -> em.Study:
+    models = em.load_models(None, {"one": PARENTS[0], "two": PARENTS[1]})
+    return em.Study(models, em.MergeSpace(models, "linear"), fitness, strategy=em.strategies.cma_es(population=4), **settings)
+
+
+def test_each_study_has_its_own_fitness(tmp_path: Any) -> None:
+    """Also where functions differ by what no digest sees, and where the program goes to another folder meanwhile."""
+    targets = [deque([1.0]), deque([2.0])]
+
+    def fitness(target: Any) -> Any:
+        return host_callback(lambda merged: target[0])
+
+    with contextlib.chdir(tmp_path):
+        studies = [study_of(fitness(target), out=f"runs/{n}") for n, target in enumerate(targets)]
+    assert studies[0].config["tasks"] == studies[1].config["tasks"]
+    runs = [study.run(1) for study in studies]
+    assert [run.history[0]["best"] for run in runs] == [1.0, 2.0]
+    assert runs[0].path == tmp_path / "runs/0" and runs[0].finished
+    assert len(studies[0].run(1).history) == 2
+
+
+def test_a_run_is_not_resumed_with_another_constant(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "CONSTANT", jnp.ones(2), raising=False)
+
+    def fitness(merged: Any) -> jax.Array:
+        return CONSTANT.sum() * merged["decoder"]["scale"]  # type: ignore[name-defined]
+
+    study_of(fitness, out=tmp_path).run(1)
+    assert len(study_of(fitness, out=tmp_path, resume=True).run(1).history) == 2
+    monkeypatch.setattr(sys.modules[__name__], "CONSTANT", 2 * jnp.ones(2))
+    with pytest.raises(InputError, match="function differs"):
+        study_of(fitness, out=tmp_path, resume=True)
 
 
 def test_a_search_without_a_run_folder_leaves_none() -> None:

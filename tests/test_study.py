@@ -350,6 +350,12 @@ def test_digests_are_of_the_code(tmp_path: Path) -> None:
         "from functools import partial\nf = partial(max, 1)", "from functools import partial\nf = partial(max, 2)",
         "class C:\n    def __init__(self, k): self.k = k\n    def __call__(self, a, b): return self.k\nf = C(1)",
         "class C:\n    def __init__(self, k): self.k = k\n    def __call__(self, a, b): return self.k\nf = C(2)",
+        *(f"{text}\nk = {k}\n{place}" for text in ("import jax.numpy as jnp\nclass K: pass", ) for place in (
+            "def f(a, b, t=jnp.full(3, k)): return t",
+            "def h(t):\n    return lambda a, b: t\nf = h({'a': jnp.full(2, k)})",
+            "def h(t):\n    return lambda a, b: t.k\nt = K()\nt.k = k\nf = h(t)",
+            "N = jnp.full(4, k)\ndef f(a, b): return N",
+        ) for k in (1, 2)),
     ]  # fmt: skip
     digests = [digest(define(source)) for source in others]
     assert len({*digests, digest(first)}) == len(others) + 1
@@ -357,6 +363,15 @@ def test_digests_are_of_the_code(tmp_path: Path) -> None:
         f"from evojax_merge.tasks.python_functions import digest\nv = {{'__name__': 'mine'}}\nexec({others[8]!r}, v)\n"
     )
     assert run_python(f"{code}print(digest(v['f']))", folder=tmp_path).stdout.strip() == digests[8]
+    for source in (
+        "n = 0\ndef f(a, b):\n    global n\n    n += 1\n    return a",
+        "def h():\n    n = 0\n    def f(a, b):\n        nonlocal n\n        n += 1\n        return a\n    return f\nf = h()",
+        "class C:\n    n = 0\n    def __call__(self, a, b):\n        self.n += 1\n        return a\nf = C()",
+    ):
+        function = define(source)
+        before = digest(function)
+        function(1, 2)
+        assert digest(function) == before, source
 
 
 # ---------------------------------------------------------------------------------------------------------------

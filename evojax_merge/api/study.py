@@ -47,7 +47,7 @@ from evojax_merge.steps.goals import measured_scales, with_goal
 from evojax_merge.steps.selection import open_evaluator
 from evojax_merge.tasks import Arrays
 from evojax_merge.tasks.kinds import kind_of
-from evojax_merge.tasks.python_functions import PREFIX
+from evojax_merge.tasks.python_functions import PREFIX, referenced_functions, remember_functions
 
 # The name of a study's document in messages.
 WHERE = Path("Study")
@@ -129,8 +129,10 @@ class Study(Searched, Described):
         optional = {"evaluation": evaluation, "export_dtype": export_dtype, "scale": scale, "log": list(log) or None}
         document |= {key: value for key, value in optional.items() if value is not None}
         self.models, self.space, self.seed = models, space, seed
-        self.out = None if out is None else Path(out)
+        # The program may change its working directory between two calls.
+        self.out = None if out is None else Path(out).absolute()
         self._document: dict[str, Any] = plain_data(str(WHERE), document)
+        self._functions = referenced_functions(self._document)
         # The pytrees in the sections live as long as the study.
         self._tasks = document["tasks"]
         self._resume, self._overwrite = resume, overwrite
@@ -234,6 +236,7 @@ class Study(Searched, Described):
         begun: list[RunFolder] = []
         try:
             with PythonCall(self._warned):
+                remember_functions(self._functions)
                 run_search(
                     WHERE, config, self.out, resume=self._resume, overwrite=self._overwrite, on_started=begun.append,
                     on_generation=on_generation, force=force,
