@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from helpers.commands import linear_merge, run_here
+from helpers.decoders import stored_logits
 from helpers.families import Family
 from helpers.files import edit_json, read_json, read_recipe, write_json, write_yaml
 from helpers.mergekit import assert_same_tensors
@@ -25,6 +27,8 @@ from helpers.models import finetune, load_torch, random_model, save, state, tiny
 from helpers.sampling import thorough
 from hostile import run_python
 from merge_kernels import METHODS, draw_row_keys, tabulate
+from reference.torch_models import torch_logits
+from safetensors.numpy import load_file, save_file
 
 from evojax_merge.backends.decoder.opening import context_length, stop_tokens
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
@@ -891,3 +895,17 @@ def test_a_tokenizer_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
 def test_a_place_on_no_disk_is_not_called_full() -> None:
     with pytest.raises(InputError, match="/proc/merged: cannot be written: /proc is on no disk"):
         require_space(Path("/proc/merged"), 1)
+
+
+def test_a_stored_head_that_differs_is_the_head_though_the_config_ties_it(tmp_path: Path) -> None:
+    """transformers takes it as well; a copy of the embedding is none of its own."""
+    folder = save(random_model(tiny_config(tie_word_embeddings=True)), tmp_path / "model", words())
+    tensors, tokens = load_file(folder / "model.safetensors"), np.arange(3, 12)[None]
+    for factor in (1, 2):
+        stored = tensors | {"lm_head.weight": factor * tensors["model.embed_tokens.weight"]}
+        save_file(stored, folder / "model.safetensors", {"format": "pt"})
+        expected = torch_logits(load_torch(folder), tokens)
+        np.testing.assert_allclose(stored_logits(folder, tokens), expected, atol=1e-4)
+        run_here(*linear_merge(tmp_path, folder), "--overwrite")
+        np.testing.assert_allclose(torch_logits(load_torch(tmp_path / "out"), tokens), expected, atol=1e-4)
+        assert read_json(tmp_path / "out/config.json")["tie_word_embeddings"] == (factor == 1)

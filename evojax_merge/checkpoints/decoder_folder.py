@@ -178,7 +178,13 @@ class DecoderFolder(Folder):
             # goes by the tensors.
             return settings | {"tie_word_embeddings": self.names.own_head not in self.entries}
         defaults = architecture.defaults
-        return {key: defaults[key] for key in ("tie_word_embeddings",) if key in defaults} | settings
+        settings = {key: defaults[key] for key in ("tie_word_embeddings",) if key in defaults} | settings
+        embedding, head = architecture.leaf(EMBEDDING), self.entries.get(self.names.own_head or "")
+        if settings.get("tie_word_embeddings") and head is not None and embedding is not None:
+            # transformers takes a stored head that differs for the head, whatever the config says.
+            if not _are_equal(head, self.entries.get(embedding.tensor, head)):
+                settings |= {"tie_word_embeddings": False}
+        return settings
 
     @property
     def architecture(self) -> Architecture | None:
@@ -234,6 +240,13 @@ class DecoderFolder(Folder):
             return {**settings, "model_type": whole["model_type"]}
         tied = {key: settings[key] for key in ("tie_word_embeddings",) if key in settings}
         return {**whole, "text_config": dict(settings), **tied}
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors hold the same bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return np.array_equal(*(np.ascontiguousarray(each.read()).view(np.uint8) for each in (one, other)))
 
 
 def decoder_of(folder: Folder, *, with_aside: bool = False) -> DecoderFolder:

@@ -57,7 +57,8 @@ def account_of(
             elif not read:
                 fate = "unused", "nothing of this model is merged"
             elif folder.names.of_architecture(name) == sources.token_tensors.head:
-                fate = "tied", "the head is the embedding"
+                is_tied = folder.config.get("tie_word_embeddings", False)
+                fate = ("tied", "the head is the embedding") if is_tied else ("unused", "another model's is kept")
             elif name in folder.other_modules:
                 fate = "unused", "another model's is kept"
             elif name.endswith((*TABLES, *CAUSAL_MASKS)):
