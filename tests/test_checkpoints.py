@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers.commands import linear_merge, run_here
+from helpers.commands import assert_refused, linear_merge, run_here
 from helpers.decoders import stored_logits
 from helpers.families import Family
 from helpers.files import edit_json, read_json, read_recipe, write_json, write_yaml
@@ -909,3 +910,28 @@ def test_a_stored_head_that_differs_is_the_head_though_the_config_ties_it(tmp_pa
         run_here(*linear_merge(tmp_path, folder), "--overwrite")
         np.testing.assert_allclose(torch_logits(load_torch(tmp_path / "out"), tokens), expected, atol=1e-4)
         assert read_json(tmp_path / "out/config.json")["tie_word_embeddings"] == (factor == 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("checkpoint-500/model.safetensors", "did you mean {path}/checkpoint-500?"),
+        ("snapshots/0a1b/model.safetensors.index.json", "did you mean {path}/snapshots/0a1b?"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "accelerate merge-weights"),
+        ("notes/readme.txt", "expected safetensors weights"),
+    ],
+)
+def test_a_folder_without_weights_names_those_inside_of_it(place: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / place
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    with pytest.raises(InputError, match=re.escape(says.format(path=tmp_path))):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_names_of_a_wrapper_are_named(prefix: str, family: Family, tmp_path: Path) -> None:
+    shutil.copytree(family.base, tmp_path / "model")
+    tensors = load_file(family.base / "model.safetensors")
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, tmp_path / "model/model.safetensors")
+    assert_refused([f"begin with '{prefix}'", "torch.compile"], *linear_merge(tmp_path, tmp_path / "model"))

@@ -408,9 +408,14 @@ def test_a_run_folder_is_continued_where_it_was_broken_off(tmp_path: Any) -> Non
     np.testing.assert_array_equal(saved["encoder/kernel"], whole.best.merged()["encoder"]["kernel"])
 
 
+CONSTANT = jnp.ones(2)
+
+
 def study_of(fitness: Any, **settings: Any) -> em.Study:
     models = em.load_models(None, {"one": PARENTS[0], "two": PARENTS[1]})
-    return em.Study(models, em.MergeSpace(models, "linear"), fitness, strategy=em.strategies.cma_es(population=4), **settings)
+    return em.Study(
+        models, em.MergeSpace(models, "linear"), fitness, strategy=em.strategies.cma_es(population=4), **settings
+    )
 
 
 def test_each_study_has_its_own_fitness(tmp_path: Any) -> None:
@@ -430,10 +435,8 @@ def test_each_study_has_its_own_fitness(tmp_path: Any) -> None:
 
 
 def test_a_run_is_not_resumed_with_another_constant(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "CONSTANT", jnp.ones(2), raising=False)
-
     def fitness(merged: Any) -> jax.Array:
-        return CONSTANT.sum() * merged["decoder"]["scale"]  # type: ignore[name-defined]
+        return CONSTANT.sum() * merged["decoder"]["scale"]
 
     study_of(fitness, out=tmp_path).run(1)
     assert len(study_of(fitness, out=tmp_path, resume=True).run(1).history) == 2

@@ -365,7 +365,7 @@ def test_digests_are_of_the_code(tmp_path: Path) -> None:
     assert run_python(f"{code}print(digest(v['f']))", folder=tmp_path).stdout.strip() == digests[8]
     for source in (
         "n = 0\ndef f(a, b):\n    global n\n    n += 1\n    return a",
-        "def h():\n    n = 0\n    def f(a, b):\n        nonlocal n\n        n += 1\n        return a\n    return f\nf = h()",
+        "def h(n):\n    def f(a, b):\n        nonlocal n\n        n += 1\n        return a\n    return f\nf = h(0)",
         "class C:\n    n = 0\n    def __call__(self, a, b):\n        self.n += 1\n        return a\nf = C()",
     ):
         function = define(source)

@@ -44,6 +44,12 @@ LAYERS_DIFFER, MORE_LAYERS = re.compile(r"per_layer|layer_config|block_config"),
 Size = tuple[int | None, ...]
 
 
+def depth_error(folder: DecoderFolder, depth: object, found: int) -> InputError:
+    """The error of a config with another number of layers than the tensors have."""
+    hint = wrapper_hint({name.partition(".")[2] for name in folder.entries}, folder.entries)
+    return InputError(folder.where, f"num_hidden_layers: {depth}, but its tensors are of {found}{hint}")
+
+
 def check_against_config(folder: DecoderFolder, is_checked: Callable[[str], bool] = lambda name: True) -> None:
     """Raises InputError where the folder's config.json implies a tensor that it lacks, or another shape than a tensor
     has. is_checked: whether a tensor of that name is compared. A folder without a config is not checked."""
@@ -156,7 +162,7 @@ def _usual_shapes(folder: DecoderFolder) -> Iterator[tuple[str, Size]]:
     # A model without a hidden size may count other layers; one that runs its layers several times counts each time.
     is_other = depth is not None and depth % len(layers) > 0 and hidden is not None
     if is_other and ((depth or 0) > len(layers) or not any(map(MORE_LAYERS.search, config))):
-        raise InputError(folder.where, f"num_hidden_layers: {depth}, but its tensors are of {len(layers)}")
+        raise depth_error(folder, depth, len(layers))
     name = find_token_tensors(folder).embedding
     embedding, is_part = folder.entries.get(name), TEXT.search(stack) is not None
     is_named = name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS

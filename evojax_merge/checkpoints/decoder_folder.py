@@ -180,11 +180,10 @@ class DecoderFolder(Folder):
         defaults = architecture.defaults
         settings = {key: defaults[key] for key in ("tie_word_embeddings",) if key in defaults} | settings
         embedding, head = architecture.leaf(EMBEDDING), self.entries.get(self.names.own_head or "")
-        if settings.get("tie_word_embeddings") and head is not None and embedding is not None:
-            # transformers takes a stored head that differs for the head, whatever the config says.
-            if not _are_equal(head, self.entries.get(embedding.tensor, head)):
-                settings |= {"tie_word_embeddings": False}
-        return settings
+        if head is None or embedding is None or not settings.get("tie_word_embeddings"):
+            return settings
+        # transformers takes a stored head that differs for the head, whatever the config says.
+        return settings | {"tie_word_embeddings": _are_equal(head, self.entries.get(embedding.tensor, head))}
 
     @property
     def architecture(self) -> Architecture | None:

@@ -529,10 +529,17 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
             "holds pickle files only, which can run code when they are read; convert it once with "
             "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) and use that folder",
         )
-    raise InputError(
-        path,
-        f"holds no {SINGLE_FILE} and no {INDEX_FILE}; expected safetensors weights, or a GGUF file by its own name",
-    )
+    inside = (
+        file.parent for place in ("*", "snapshots/*") for name in (SINGLE_FILE, INDEX_FILE)
+        for file in path.glob(f"{place}/{name}")
+    )  # fmt: skip
+    model = next(inside, None)
+    advice = "expected safetensors weights, or a GGUF file by its own name"
+    if model is not None:
+        advice = f"did you mean {model}?"
+    elif next(path.glob("*/*.distcp"), None) is not None:
+        advice = "the shards of FSDP become a model by `accelerate merge-weights`"
+    raise InputError(path, f"holds no {SINGLE_FILE} and no {INDEX_FILE}; {advice}")
 
 
 def check_no_pickle(file: Path) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from evojax_merge.checkpoints.config_file import check_unquantised, check_values, comparable, is_larger_model
-from evojax_merge.checkpoints.config_shapes import check_against_config
+from evojax_merge.checkpoints.config_shapes import check_against_config, depth_error
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of, decoder_with_projector, named_alike
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import is_float
@@ -104,7 +104,7 @@ def open_models(
             depth = len(model_layout.stacks.get(stack, {}))
             configured = folder.config.get("num_hidden_layers", depth)
             if configured != depth:
-                raise InputError(folder.where, f"num_hidden_layers: {configured}, but its tensors are of {depth}")
+                raise depth_error(folder, configured, depth)
     # Where architectures are mixed, the others' configs do not describe the merged tensors.
     check_against_config(_decoder_of(first))
     for folder in () if allow_crimes else folders[1:]:
