@@ -194,12 +194,10 @@ def compile_options(
     return DEFAULT_COMPILE_OPTIONS(*arguments, env_options_overrides=overrides, **named)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def every_generation_is_saved() -> Iterator[None]:
+@pytest.fixture
+def every_generation_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches of tests take milliseconds a generation, of which a search leaves out most checkpoints."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "SAVING_SHARE", 1.0)
-        yield
+    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 1.0)
 
 
 @pytest.fixture(scope="session")

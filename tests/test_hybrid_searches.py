@@ -37,7 +37,7 @@ HYBRIDS = sorted(name for name, row in FAMILIES.items() if find_architecture(nam
 UNUSUAL = ["apertus", "cohere", "exaone4", "ministral3", "olmo3", "opt", "smollm3", "stablelm"]
 
 
-@pytest.fixture(scope="module", params=[*sample(HYBRIDS, 1), *sample(UNUSUAL, 1)])
+@pytest.fixture(scope="module", params=sample([*HYBRIDS, *UNUSUAL], 1))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     row = FAMILIES[request.param]
     config = getattr(transformers, row.config)(**(SIZES | row.changes))
@@ -88,7 +88,7 @@ def test_gradients_are_slopes_and_come_back_layer_by_layer(family: Family) -> No
     np.testing.assert_allclose(slope, nearer, rtol=0.1, atol=1e-2)
 
 
-@pytest.mark.parametrize(("kind", "begin"), [("qwen3_5_text", "mtp."), ("glm4_moe", "model.layers.3.")])
+@pytest.mark.parametrize(("kind", "begin"), sample([("qwen3_5_text", "mtp."), ("glm4_moe", "model.layers.3.")], 1))
 def test_heads_for_several_tokens_are_kept_or_merged(kind: str, begin: str, tmp_path: Path) -> None:
     """A search keeps those of the base; a recipe merges them where all models have them, and copies them where one has
     them alone."""

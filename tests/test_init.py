@@ -22,7 +22,7 @@ from helpers.commands import command, run_here
 from helpers.families import Family
 from helpers.files import read_json, write_json, write_lines
 from helpers.models import even_records, finetune, random_model, save, state, tiny_config, word_tokenizer, words
-from helpers.sampling import sample, thorough
+from helpers.sampling import ALL, sample, thorough
 from helpers.searches import open_problem
 from merge_kernels import METHODS
 from PIL import Image
@@ -56,8 +56,12 @@ MODELS = ("--base", "base", "--parents", "one", "two")
 GENERATIONS = ("--budget-generations", "2")
 
 
-def search(file: str = "search.yaml", *overrides: str) -> dict[str, Any]:
-    """Search by a config as it is, but for overrides; the result."""
+def search(file: str = "search.yaml", *overrides: str, whole: bool = ALL) -> dict[str, Any]:
+    """Search by a config as it is, but for overrides; the result. Where it is not `whole`, only open the search and its
+    examples."""
+    if not whole:
+        open_problem(Path(file).absolute(), *overrides).prepare()
+        return {}
     sets = [part for override in ("search.population=4", *overrides) for part in ("--set", override)]
     run_here("search", file, "--out", "run", "--overwrite", *sets)
     result: dict[str, Any] = read_json(Path("run/result.json"))
@@ -97,7 +101,7 @@ def test_the_config_is_one_that_a_search_takes(init: Init, capsys: pytest.Captur
         assert "# " in line or line.startswith(("#", "  - ")) or line in ("", "#", "search:"), line
     assert f"{problem.space.dims} parameters: at most one for every 10 of the 72 examples" in shown
     assert f"{problem.space.dims} parameters: at most one for every 10 of the 72 examples" in path.read_text()
-    search("mine.yaml", "search.generations=2")
+    search("mine.yaml", "search.generations=2", whole=True)
 
 
 @thorough
@@ -557,7 +561,7 @@ def test_pictures_by_class_in_a_table_and_as_records(init: Init) -> None:
     assert init(*models, "--data", "pictures", *GENERATIONS) == 0
     (task,) = document()["tasks"]
     assert document()["backend"] == "torch" and (task["kind"], task["file"]) == ("classification", "pictures")
-    assert [row["role"] for row in search()["table"]] == ["base", "parent", "parent", "uniform", "winner"]
+    assert [row["role"] for row in search(whole=True)["table"]] == ["base", "parent", "parent", "uniform", "winner"]
 
     draw_pictures(Path("listed"))
     pandas.DataFrame(rows).to_csv("listed/metadata.csv", index=False, encoding="utf-8-sig")

@@ -17,6 +17,7 @@ from helpers.commands import assert_refused, run_here
 from helpers.families import build_family
 from helpers.files import read_json, read_lines, write_lines, write_yaml
 from helpers.models import CONFIGS, even_records, tiny_config
+from helpers.sampling import sample, thorough
 from helpers.searches import open_problem, search_config, task_section
 from hostile import run_python, start_command
 from test_devices import MESH_PROGRAM
@@ -119,7 +120,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", sample(VARIANTS, 1))
 def test_other_mixtures_are_exported_as_they_were_scored(name: str, tmp_path: Path) -> None:
     changes = dict(VARIANTS[name])
     build_family(tmp_path, tiny_config(changes.pop("kind")))
@@ -246,6 +247,7 @@ def contents(run: Path) -> dict[str, bytes]:
     return {name: (run / name).read_bytes() for name in names}
 
 
+@thorough
 def test_killed_and_resumed_is_as_never_stopped(root: Path, tmp_path: Path) -> None:
     config = write_yaml(root / "likelihood.yaml", mixture_config(5) | {"tasks": TASKS[:1]})
     run_here("search", config, "--out", tmp_path / "whole")
