@@ -31,6 +31,7 @@ from evojax_merge.checkpoints.tokens import (
     TOKENIZER_FILES,
     TokenizerChoice,
     TokenRule,
+    has_tokenizer,
     load_tokenizer,
     vocabulary_warnings,
 )
@@ -138,7 +139,7 @@ class MergeSettings:
     """How a recipe is merged, beside what it says itself.
 
     `dtype`, `seed`: in place of the recipe's. `allow_nonfinite`: merge and write values that are not finite, too.
-    `copy_tokenizer`: write the first model's tokenizer where the recipe asks for none. `allow_crimes` (mergekit's
+    `copy_tokenizer`: write the first tokenizer of the models where the recipe asks for none. `allow_crimes` (mergekit's
     name): merge models of any architectures if their tensors agree. `strict`: configs of one architecture that mean
     other layers (another RoPE, say) are an error, not a warning.
     """
@@ -216,7 +217,8 @@ def prepare(recipe: RecipeFile, settings: MergeSettings = DEFAULTS, find: Find =
         )
     tokenizer, template = None, None
     if settings.copy_tokenizer or vocabulary is not None:
-        tokenizer, template = copied or leader.path, _chat_template(recipe, paths)
+        tokenizer = copied or next(filter(has_tokenizer, (leader.path, *paths)), leader.path)
+        template = _chat_template(recipe, paths)
         if template is not None:
             load_tokenizer(tokenizer)  # it is written anew, with the template
     merge_plan = MergePlan(
