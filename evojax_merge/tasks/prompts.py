@@ -323,7 +323,7 @@ def read_turns(where: str, key: str, name: str, record: Mapping[str, Any]) -> li
         ):
             texts = [part.get("text") for part in content]
             turn["content"] = "".join(texts) if texts and all(isinstance(text, str) for text in texts) else content
-        if content is None and isinstance(turn.get("role"), str):
+        if isinstance(given, Mapping) and given.get("content", "") is None:
             what = f"{name}[{number}]: its content is null (the turn has {', '.join(map(str, turn))})"
             raise InputError(where, f"{what}; expected a text: write what the turn says there, or leave the record out")
         if not all(isinstance(turn.get(part), str) for part in ("role", "content")):
