@@ -194,10 +194,12 @@ def compile_options(
     return DEFAULT_COMPILE_OPTIONS(*arguments, env_options_overrides=overrides, **named)
 
 
-@pytest.fixture
-def every_generation_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def every_generation_is_saved() -> Iterator[None]:
     """Searches of tests take milliseconds a generation, of which a search leaves out most checkpoints."""
-    monkeypatch.setattr(checkpoints, "SAVING_SHARE", 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "SAVING_SHARE", 1.0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.sampling import sample
 
 from evojax_merge.benchmarks.header_models import MISTRAL_7B, problem_for, write_examples, write_models
 from evojax_merge.evaluation.targets import find_target
@@ -69,7 +70,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "use", "target", "bank"), CASES)
+@pytest.mark.parametrize(("name", "use", "target", "bank"), sample(CASES, 5))
 def test_following_each_advice_once_makes_a_search_fit(
     name: str, use: str, target: str, bank: str, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

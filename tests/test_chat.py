@@ -325,12 +325,20 @@ def test_a_system_turn_of_the_record_leads_the_conversation(model: Path, tmp_pat
         open_talks(tmp_path, SYSTEM, system_instruction="Think.").requests(tokenizer, CONTEXT)
 
 
-def test_sharegpts_turns_are_those_of_role_and_content(model: Path, tmp_path: Path) -> None:
+def test_turns_of_other_forms_are_those_of_role_and_content(model: Path, tmp_path: Path) -> None:
+    """ShareGPT's, and OpenAI's, whose contents are lists of parts."""
     tokenizer = load_tokenizer(model)
     names = {"user": "human", "assistant": "gpt"}
     shared = [{"talk": [{"from": names[t["role"]], "value": t["content"]} for t in talk["talk"]]} for talk in TALKS]
-    first, second = (open_talks(tmp_path, talks).requests(tokenizer, CONTEXT).scored for talks in (TALKS, shared))
-    assert [(row.tokens, row.start) for row in first] == [(row.tokens, row.start) for row in second]
+    in_parts = [
+        {"talk": [t | {"content": [{"type": "text", "text": part} for part in t["content"]]} for t in talk["talk"]]}
+        for talk in TALKS
+    ]
+    rows = [
+        [(row.tokens, row.start) for row in open_talks(tmp_path, talks).requests(tokenizer, CONTEXT).scored]
+        for talks in (TALKS, shared, in_parts)
+    ]
+    assert rows[0] == rows[1] == rows[2]
 
 
 def test_a_conversation_that_ends_with_the_users_turn_says_what_is_missing(tmp_path: Path) -> None:

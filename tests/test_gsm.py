@@ -471,7 +471,7 @@ def test_an_answer_that_is_never_found_is_named() -> None:
         ({"question": "?"}, "docs.jsonl:2: has neither answer nor answer_number"),
         ({"question": "?", "answer": "five"}, "docs.jsonl:2: answer: 'five' is not a number; expected a worked answer"),
         ({"question": "?", "answer": "x #### 41/5"}, "docs.jsonl:2: answer: '41/5' is not a number"),
-        ({"question": "?", "answer": 5}, "docs.jsonl:2: answer: expected a worked answer"),
+        ({"question": "?", "answer": True}, "docs.jsonl:2: answer: expected a worked answer"),
         ({"question": "?", "answer": None, "answer_number": "many"}, "answer_number: 'many' is not a number"),
     ],
 )
@@ -515,6 +515,7 @@ def test_worked_examples_need_their_working(tmp_path: Path) -> None:
         gsm_task(tmp_path, mgsm("ja"), num_fewshot=1)
 
 
-def test_whole_numbers_that_became_floats_are_whole_again() -> None:
-    record = Record("here", {"question": "?", "answer": None, "answer_number": 18.0})
-    assert read_problem(record).number == "18"
+@pytest.mark.parametrize("answers", [{"answer": None, "answer_number": 18.0}, {"answer": 18}, {"answer": 18.0}])
+def test_numbers_are_read_like_their_texts(answers: Fields) -> None:
+    """Whole ones that became floats are whole again."""
+    assert read_problem(Record("here", {"question": "?", **answers})).number == "18"

@@ -119,7 +119,7 @@ def test_the_demo_family_is_planned_by_the_command_that_init_names(
     ("record", "kind", "keys"),
     [
         ({"question": "w5 w6", "answer": "w7 w8 #### 12"}, "gsm", {"match": "strict", "num_fewshot": 2}),
-        ({"question": "w5 w6", "answer": "12"}, "gsm", {"match": "flexible"}),
+        ({"question": "w5 w6", "answer": "12"}, "gsm", {"match": "flexible", "max_new_tokens": 128}),
         ({"question": "w5", "answer": "w6"}, "likelihood", {"prompt": "Question: {question}\nAnswer:"}),
         ({"prompt": "w5", "completion": "w6"}, "likelihood", {"prompt": "{prompt}", "target": "{completion}"}),
         ({"prompt": "w5", "completion": "12"}, "exact_match", {"target": "{completion}", "max_new_tokens": 32}),
@@ -157,6 +157,95 @@ def test_the_kind_of_task_goes_by_the_fields(
     assert task["kind"] == kind and task.items() >= keys.items()
     written = ("tasks.0.max_new_tokens=2",) if "max_new_tokens" in task else ()
     search("search.yaml", *written)
+
+
+BAD = {"role": "assistant", "content": "w9"}
+ASKED, GOOD = {"role": "user", "content": "w5"}, {"role": "assistant", "content": "w7"}
+
+
+@pytest.mark.parametrize(
+    ("examples", "kind", "keys"),
+    [
+        ([{"question": "w5", "answer": 12}, {"question": "w6", "answer": "12"}], "gsm", {"match": "flexible"}),
+        ([{"question": "w5", "answer": "12"}, {"question": "w6", "answer": "w7"}], "likelihood", {}),
+        ([{"prompt": "w5", "answer": "12"}, {"prompt": "w5", "answer": "w7 12"}], "likelihood", {}),
+        ([{"prompt": "w5", "rejected": "w9", "chosen": "w6"}], "likelihood", {"target": "{chosen}"}),
+        (
+            [{"prompt": "w5", "rejected": [ASKED, BAD], "chosen": [ASKED, GOOD]}],
+            "likelihood", {"target": "{chosen[1][content]}"},
+        ),
+        ([{"instruction": "w5", "output": "w6"}, {"instruction": "w5", "input": "w7", "output": "w6"}],
+         "likelihood", {"prompt": "{instruction}\n{input}"}),
+        ([{"instruction": "w5", "input": "", "output": "w6"}], "likelihood", {"prompt": "{instruction}"}),
+        ([{"instruction": "w5", "context": "w8", "response": "w6"}],
+         "likelihood", {"prompt": "{instruction}\n{context}"}),
+        ([{"passage": "w8", "question": "w5", "answer": "w6"}],
+         "likelihood", {"prompt": "{passage}\nQuestion: {question}\nAnswer:"}),
+        ([{"article": "w8", "question": "w5", "options": ["w6", "w7"], "answer": "B"}],
+         "multiple_choice", {"prompt": "{article}\nQuestion: {question}\nAnswer:"}),
+        ([{"conversations": [{"from": "human", "value": "w5"}, {"from": "chatgpt", "value": "w6"}]}],
+         "likelihood", {"target": "{conversations[1][value]}"}),
+    ],
+)  # fmt: skip
+def test_the_kind_of_task_goes_by_several_records(
+    init: Init, examples: list[dict[str, Any]], kind: str, keys: dict[str, Any]
+) -> None:
+    assert init(*MODELS, "--data", records(*examples)) == 0
+    (task,) = document()["tasks"]
+    assert task["kind"] == kind and task.items() >= keys.items()
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (
+            [{"prompt": "w5", "completion": "w6", "label": True}, {"prompt": "w5", "completion": "w9", "label": False}],
+            "data.jsonl:2: label: false says that the answer is a bad one, as in 5 of 10 records; write those with",
+        ),
+        (
+            [{"question": "w5", "answer": "12"}] * 2 + [{"question": "w5", "answer": "w6"}],
+            "'w6' is not a number; expected a worked answer that ends in '#### number' (read as kind: gsm); name",
+        ),
+        (
+            [{"conversations": [{"from": "gpt", "value": "w5"}, {"from": "human", "value": "w6"}]}],
+            "data.jsonl:1: conversations: no assistant's turn follows another (assistant, user)",
+        ),
+        (
+            [{"messages": [ASKED, GOOD | {"content": None, "tool_calls": []}]}],
+            "messages[1]: its content is null (the turn has role, tool_calls); expected a text",
+        ),
+        ([{"prompt": "w5 " * 300, "completion": "w6"}], "data.jsonl:1: 301 tokens do not fit the models' context"),
+    ],
+)
+def test_records_of_no_task_are_one_line(
+    init: Init, capsys: pytest.CaptureFixture[str], examples: list[dict[str, Any]], message: str
+) -> None:
+    assert init(*MODELS, "--data", records(*examples)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1] and not Path("search.yaml").exists()
+
+
+def test_an_error_about_the_file_advises_no_fields(init: Init, capsys: pytest.CaptureFixture[str]) -> None:
+    assert init(*MODELS, "--data", str(write_lines(Path("one.jsonl"), [{"question": "w5", "answer": "w6"}]))) == 2
+    assert capsys.readouterr().err.endswith("one.jsonl: holds one example; a held-out share needs at least two\n")
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "unread"),
+    [
+        ({"system_prompt": "w8", "question": "w5", "response": "w6"}, (), "system_prompt"),
+        ({"system": "w8", "history": [["w7", "w8"]], "instruction": "w5", "output": "w6"}, (), "system, history"),
+        ({"system": "", "history": [], "instruction": "w5", "output": "w6"}, (), None),
+        ({"context": "w8", "question": "w5", "answer": "6"}, (), "context"),
+        ({"system": "w8", "prompt": "w5", "target": "w6"}, ("--prompt", "prompt", "--target", "target"), None),
+    ],
+)
+def test_context_that_no_task_reads_is_named(
+    init: Init, capsys: pytest.CaptureFixture[str], record: dict[str, Any], fields: tuple[str, ...], unread: str | None
+) -> None:
+    assert init(*MODELS, *fields, "--data", records(record)) == 0
+    err = capsys.readouterr().err
+    assert err.count("does not read") == (0 if unread is None else 1)
+    assert unread is None or f"data.jsonl: the task does not read {unread}; if models should see it" in err
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ GENERATIONS = 5
 DOCUMENT: dict[str, Any] = {"inputs": {}}
 TASK = {"name": "text", "kind": "likelihood", "file": "no-file.jsonl"}
 
+pytestmark = pytest.mark.usefixtures("every_generation_is_saved")
+
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:

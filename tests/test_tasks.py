@@ -47,7 +47,7 @@ from evojax_merge.tasks.records import read_file
 from evojax_merge.tasks.sampling import Sampling
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Responses, Row, TaskRequests
-from evojax_merge.tasks.templates import check_template, fill
+from evojax_merge.tasks.templates import check_template, fill, fill_prompt
 from evojax_merge.tasks.text import (
     Example,
     TextConfig,
@@ -118,6 +118,34 @@ def test_templates_name_fields(template: str, filled: str) -> None:
     assert fill("file:1", "prompt", template, record) == filled
 
 
+@pytest.mark.parametrize(
+    ("template", "record", "filled"),
+    [
+        ("{a}\n{b}", {"a": "x", "b": None}, "x"), ("{a}\n{b}", {"a": "x"}, "x"), ("{b}\n{a}", {"a": "x", "b": ""}, "x"),
+        ("{a}\n{b}", {"a": "x\n", "b": "y\n"}, "x\n\ny\n"), ("{a}\n{b}:", {"a": "x"}, "x\n:"), ("", {"a": "x"}, ""),
+    ],
+)  # fmt: skip
+def test_a_prompts_empty_fields_leave_no_line(template: str, record: dict[str, Any], filled: str) -> None:
+    assert fill_prompt("file:1", "prompt", template, record, ["b"]) == filled
+
+
+def test_a_field_that_other_records_have_is_empty_in_prompts_alone(tmp_path: Path) -> None:
+    full = {"prompt": "a", "input": "b", "target": "c", "reason": "d"}
+    for left_out, changes, message in (
+        ("input", {"prompt": "{prompt}\n{input}"}, None),
+        ("input", {"prompt": "{input}"}, "no field 'input'"),
+        ("input", {"prompt": "{prompt}\n{inptu}"}, "no field 'inptu'"),
+        ("reason", {"target": "{reason} {target}"}, "no field 'reason'"),
+    ):
+        some = {name: value for name, value in full.items() if name != left_out}
+        path = write_lines(tmp_path / "task.jsonl", [full, some])
+        if message is None:
+            assert [example.prompt for example in examples_in(path, "likelihood", **changes)] == ["a\nb", "a"]
+        else:
+            with pytest.raises(InputError, match=message):
+                examples_in(path, "likelihood", **changes)
+
+
 @pytest.mark.parametrize("template", ["{a.b}", "{a!s}", "{a:>9}", "{a:{b}}", "{}", "{0}", "{", "}", "{a[}", "{[a]}"])
 def test_templates_do_nothing_else(template: str) -> None:
     with pytest.raises(InputError, match=r"config: .*expected the names of fields in braces"):
@@ -166,6 +194,11 @@ def test_records_are_the_same_in_every_format(tmp_path: Path) -> None:
         ("a.json", '[{"prompt": "a"}, 3]', r"a.json\[1\]: expected a JSON object, found int"),
         ("a.json", '[{"prompt": "a"},\n 3', "a.json: not valid JSON .* in line 2.*a list of objects"),
         ("a.json", "[]", "a.json: holds no example; expected a list of objects"),
+        (
+            "a.jsonl",
+            '[\n{"prompt": "a"}\n]',
+            "a.jsonl: is a JSON array; expected one object a line, or a name that ends in",
+        ),
         ("a.csv", "", "a.csv: holds no example; expected a line of names and rows"),
         ("a.csv", "prompt,target\n", "a.csv: holds no example"),
         ("a.csv", "prompt,prompt\na,b\n", "a.csv:1: the field 'prompt' stands twice"),

@@ -16,6 +16,7 @@ from merge_kernels import METHODS, Method
 
 from evojax_merge import plugins
 from evojax_merge.backends.decoder.kinds.merge import build_space, check_models
+from evojax_merge.backends.decoder.opening import context_length
 from evojax_merge.backends.torch.opening import layer_groups
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR, decoder_of
 from evojax_merge.checkpoints.derived import open_model, sources_of
@@ -28,7 +29,9 @@ from evojax_merge.errors import InputError, print_warning, shown
 from evojax_merge.inspection.findings import ADDING_UP, Advice, advise, findings
 from evojax_merge.inspection.first_config import (
     CHOICE,
+    CONTEXTS,
     HEAD,
+    LONGEST_ANSWER,
     Fields,
     FirstConfig,
     Line,
@@ -143,6 +146,9 @@ def init(path: Path, choices: Choices, overwrite: bool) -> None:
         config = first_config(path, choices, compare_models(models, Path(root)), make_task)
         document = parse_yaml(path, config.text(commands, ""))
         problem = build_problem(path, config_from(path, document, [], None), resolve=resolve)
+        if models.way.backend == DECODER:
+            # Raises for examples that do not fit the models' context.
+            problem.prepare()
     rule = rule_of_space(problem.space.dims, sum(task.size for task in problem.splits.search))
     output.write(config.text(commands, rule))
     say(f"{path}: {_summary(problem)}")
@@ -248,7 +254,8 @@ def first_config(path: Path, choices: Choices, models: Models, make_task: MakeTa
     keys: list[Line] = []
     decoder = None
     if models.way.backend == DECODER:
-        decoder = decoder_of(open_model(models.folders[has_base])).decoder_config()
+        opened = decoder_of(open_model(models.folders[has_base]))
+        decoder = opened.decoder_config()
         # A base that takes no part in the merge has no rows to align.
         differ = any(model.differing_tokens for model in models.facts)
         first = 1 if differ and has_base and not method.uses_base(True) else 0
@@ -256,7 +263,10 @@ def first_config(path: Path, choices: Choices, models: Models, make_task: MakeTa
         owner = next((number for number in range(first, len(by_model)) if by_model[number] is not None), None)
         # A base is often trained without the template that its fine-tunes have.
         compared = by_model[1:] if has_base and by_model[0] is None else by_model
-        templates = ModelTemplates(None if owner is None else names[owner], owner is not None and len({*compared}) == 1)
+        templates = ModelTemplates(
+            None if owner is None else names[owner], owner is not None and len({*compared}) == 1,
+            max(1, min(LONGEST_ANSWER, context_length([opened], decoder.positions) // 2)),
+        )  # fmt: skip
         backend, task, count = make_task(templates)
         source = owner if owner is not None and task.uses_template else first
         reasons = ["the tokenizers differ: rows of the vocabulary are aligned by token"] if differ else []
@@ -380,6 +390,16 @@ def read_data(path: Path, choices: Choices, way: Way) -> MakeTask:
             "them as a list in one field, choices (JSON lines), beside the answer (a choice, its letter, or its number "
             "from 0), and init makes a multiple_choice task"
         )
+    dropped = [
+        name
+        for name in (*CONTEXTS, "system", "system_prompt", "history", "tools")
+        if fields == Fields() and f"{{{name}}}" not in str(task.lines) and any(r.fields.get(name) for r in records)
+    ]
+    if dropped:
+        print_warning(
+            f"{source}: the task does not read {', '.join(dropped)}; if models should see it, name all fields of the "
+            "prompt by --prompt and --target, or write it into the prompt or a conversation's system turn"
+        )
 
     def make(templates: ModelTemplates) -> Made:
         task = task_for_records(source, records, templates, fields)
@@ -399,10 +419,11 @@ def check_records(path: Path, models: Models, make_task: MakeTask) -> None:
         with redirect_stderr(io.StringIO()):
             open_task(f"{PROPOSED}: tasks[0]", section, path.parent, 0, resolve_file)
     except InputError as error:
-        if error.where.startswith(PROPOSED):
+        # An error about the file as a whole is about no field.
+        if error.where.startswith(PROPOSED) or Path(error.where).is_file():
             raise
         advice = "name fields that every record has by --prompt and --target, or mend the record"
-        raise InputError(error.where, f"{error.what}; {advice}") from None
+        raise InputError(error.where, f"{error.what} (read as kind: {section.kind}); {advice}") from None
 
 
 def _data(path: Path, data: str) -> tuple[str, Path | None]:

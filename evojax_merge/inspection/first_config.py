@@ -21,6 +21,7 @@ from evojax_merge.tasks.arrays import read_examples
 from evojax_merge.tasks.gsm import read_problem
 from evojax_merge.tasks.harness import is_benchmark
 from evojax_merge.tasks.networks import IMAGES
+from evojax_merge.tasks.patterns import PROBED
 from evojax_merge.tasks.prompts import read_turns
 from evojax_merge.tasks.records import FORMS, Record, is_file_name, read_file
 from evojax_merge.tasks.templates import check_template, fill
@@ -30,7 +31,10 @@ PAIRS = (
     ("prompt", "completion"), ("prompt", "target"), ("prompt", "response"), ("prompt", "answer"),
     ("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("question", "response"),
     ("problem", "solution"), ("input", "output"), ("input", "target"), ("source", "target"),
+    ("prompt", "chosen"), ("question", "chosen"), ("instruction", "chosen"),
 )  # fmt: skip
+# Texts that belong to a prompt, which an instruction stands before, and other prompts behind.
+CONTEXTS = ("input", "context", "passage", "article")
 CHOICES, ANSWERS, STEMS = ("choices", "options"), ("answer", "answerKey", "label", "gold"), ("question", "prompt")
 TEXTS = ("text", "content")
 # The names of fields that hold a choice each: A, B, … or option_a, choice1 and the like.
@@ -62,8 +66,8 @@ ROLES: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
     "image_generation": (("--prompt", "prompt", ("prompt", "caption", "text")),),
     "network": (("--prompt", "text", SEEN),),
 }  # fmt: skip
-# Fields of conversations, by the names that data sets have for them.
-CHATS = ("messages", "conversations")
+# Fields of conversations, by the names that data sets have for them; pairs of preferences have a bad one beside them.
+CHATS, REJECTED = ("messages", "conversations", "chosen"), "reject"
 EXPECTED = (
     "question and answer, prompt and completion (or instruction and output, and the like), choices and answer, "
     "turns {role, content} under any name (in a config: messages: FIELD), or text; or name its fields by --prompt and "
@@ -83,6 +87,8 @@ HEAD = re.compile(rb"# A search for the best merge of \d+ parents; all keys: evo
 PASSES_PER_PARAMETER, LEAST_PASSES, MOST_PASSES = 50, 180, 600
 # The examples above which a share is kept back to choose the winner on, and worked examples are shown.
 ENOUGH_TO_VALIDATE, ENOUGH_TO_SHOW = 40, 10
+# The tokens that a model may write where it explains its answer, and where it does not.
+LONGEST_ANSWER, SHORT_ANSWER = 256, 32
 MEANINGS = {
     "weight": "how much of each parent; starts at 1/K, the uniform merge",
     "density": "the share of each task vector that is kept",
@@ -119,10 +125,12 @@ class TaskSection:
 @dataclass(frozen=True)
 class ModelTemplates:
     """The chat templates of a search's models. owner: the model whose template prompts can go through; None where no
-    model has one. is_shared: whether all parents have it, and the base as well unless it has none."""
+    model has one. is_shared: whether all parents have it, and the base as well unless it has none. room: the most new
+    tokens that leave the prompt its part of the models' context."""
 
     owner: str | None = None
     is_shared: bool = False
+    room: int = LONGEST_ANSWER
 
     def lines(self) -> list[Line]:
         """The key of a task whose prompts are written for chats and as plain text alike."""
@@ -171,24 +179,31 @@ def task_for_records(
     record = records[0]
     fields = record.fields
     if named != Fields():
-        return _pair(source, *named.templates(record), record, templates)
+        return _pair(source, *named.templates(record), records, templates)
     choices = next((name for name in CHOICES if name in fields), None)
     if choices is not None:
-        return _multiple_choice(source, record, choices, templates)
-    if {"question", "answer"} <= fields.keys():
-        with suppress(InputError):
-            read_problem(record)
-            return _problems(source, records, templates)
-    chats = [name for name in (*CHATS, *fields) if "assistant" in _roles(record, name)[1:]]
+        return _multiple_choice(source, records, choices, templates)
+    chats = [
+        name
+        for name in (*CHATS, *fields)
+        if not str(name).startswith(REJECTED) and "assistant" in _roles(record, name)[1:]
+    ]
     pair = next((pair for pair in PAIRS if {*pair} <= fields.keys()), None)
+    unwanted = [record for record in records if str(record.fields.get("label")).lower() == "false"]
+    if unwanted and (chats or pair is not None):
+        raise InputError(
+            unwanted[0].where, f"label: false says that the answer is a bad one, as in {len(unwanted)} of "
+            f"{len(records)} records; write those with label: true to a file of their own, or name the fields by "
+            "--prompt and --target"
+        )  # fmt: skip
+    if {"question", "answer"} <= fields.keys() and _are_problems(records[:PROBED]):
+        return _problems(source, records, templates)
     # Beside a pair, turns under a name of the user's are most likely its history.
     if chats and (pair is None or chats[0] in CHATS):
         return _chat(source, chats[0], templates) if templates.owner else _plain_chat(source, chats[0], records)
     if pair is not None:
         template = _question(pair[0], templates) if pair[0] == "question" else f"{{{pair[0]}}}"
-        if pair[0] == "instruction" and isinstance(fields.get("input"), str):
-            template += "\n{input}"
-        return _pair(source, template, f"{{{pair[1]}}}", record, templates)
+        return _pair(source, _with_context(template, pair, records), f"{{{pair[1]}}}", records, templates)
     text = next((name for name in TEXTS if name in fields), None)
     if text is not None:
         prompt = ("prompt", "", "the whole text is predicted")
@@ -196,9 +211,29 @@ def task_for_records(
     for name in CHATS:
         if name in fields:
             # Its message about a turn says more than the names of the fields.
-            read_turns(record.where, name, name, fields)
+            roles = ", ".join(turn["role"] for turn in read_turns(record.where, name, name, fields))
+            raise InputError(record.where, f"{name}: no assistant's turn follows another ({roles})")
     names = ", ".join(map(str, list(fields)[:12])) or "none"
     raise InputError(record.where, f"its fields ({names}) say no kind of task; expected {EXPECTED}")
+
+
+def _are_problems(records: Sequence[Record]) -> bool:
+    """Return whether most records are problems with a number as answer: an error names the others."""
+    count = 0
+    for record in records:
+        with suppress(InputError):
+            read_problem(record)
+            count += 1
+    return count > len(records) / 2
+
+
+def _with_context(template: str, taken: Sequence[str], records: Sequence[Record]) -> str:
+    """A prompt's template with the field of texts that it is about, if the records have one beside those taken."""
+    for name in CONTEXTS:
+        texts = [record.fields.get(name) for record in records]
+        if name not in taken and any(texts) and all(isinstance(text, str | None) for text in texts):
+            return f"{template}\n{{{name}}}" if taken[0] == "instruction" else f"{{{name}}}\n{template}"
+    return template
 
 
 def _roles(record: Record, field: str) -> list[str]:
@@ -248,12 +283,12 @@ def _plain_chat(source: str, field: str, records: Sequence[Record]) -> TaskSecti
 
 
 def _problems(source: str, records: Sequence[Record], templates: ModelTemplates) -> TaskSection:
-    worked = "####" in str(records[0].fields["answer"])
+    worked = all("####" in str(record.fields.get("answer")) for record in records[:PROBED])
     match = ("match", "strict" if worked else "flexible", "strict: the number after ####; flexible: the last")
     shown = ("num_fewshot", 2, "the first two are shown with their answers, and not scored")
     lines = [match, *templates.lines(), *([shown] if worked and len(records) >= ENOUGH_TO_SHOW else [])]
     kind = ("gsm", "worked problems with a number as answer, as in GSM8K")
-    length = ("max_new_tokens", 256, "how much a model may write")
+    length = ("max_new_tokens", templates.room, "how much a model may write")
     return _section("problems", kind, source, [*lines, length], key="source")
 
 
@@ -271,18 +306,22 @@ def _section(name: str, kind: tuple[str, str], source: str, lines: Sequence[Line
     )
 
 
-def _multiple_choice(source: str, record: Record, choices: str, templates: ModelTemplates) -> TaskSection:
+def _multiple_choice(source: str, records: Sequence[Record], choices: str, templates: ModelTemplates) -> TaskSection:
+    record = records[0]
     answer, stem = (next((name for name in names if name in record.fields), None) for names in (ANSWERS, STEMS))
     if answer is None or stem is None:
         missing = " or ".join(ANSWERS if answer is None else STEMS)
         raise InputError(record.where, f"has {choices}, but no {missing}; expected a question, choices and an answer")
     lines = [
         *templates.lines(),
-        ("prompt", _question(stem, templates), "a template over a record's fields"),
+        (
+            "prompt", _with_context(_question(stem, templates), (stem, choices, answer), records),
+            "a template over a record's fields",
+        ),
         ("choices", choices, "the field with the choices"),
         ("answer", answer, "the field with the right one: by text, place or letter"),
         ("metric", "margin", "smoother than accuracy: the right choice's lead over the best wrong one"),
-    ]
+    ]  # fmt: skip
     return _section("choices", ("multiple_choice", "the most likely of the choices is the answer"), source, lines)
 
 
@@ -291,18 +330,23 @@ def _question(field: str, templates: ModelTemplates) -> str:
     return f"{{{field}}}" if templates.is_shared else f"Question: {{{field}}}\nAnswer:"
 
 
-def _pair(source: str, prompt: str, target: str, record: Record, templates: ModelTemplates) -> TaskSection:
+def _pair(source: str, prompt: str, target: str, records: Sequence[Record], templates: ModelTemplates) -> TaskSection:
     """The section of a task on prompts and targets, by their templates."""
-    answer = fill(record.where, "target", target, record.fields).strip()
+    answers = [fill(records[0].where, "target", target, records[0].fields)]
+    for record in records[1:PROBED]:
+        # The check of all records says more of one that has no target.
+        with suppress(InputError):
+            answers.append(fill(record.where, "target", target, record.fields))
     lines: list[Line] = [
         *templates.lines(),
         ("prompt", prompt, "a template over a record's fields" if prompt else "the whole text is predicted"),
         ("target", target, "what should follow it"),
     ]
-    if NUMBER.fullmatch(answer) is None:
+    if not all(NUMBER.fullmatch(answer.strip()) for answer in answers):
         return _likelihood(source, lines)
     # In a chat models explain their answers.
-    lines.append(("max_new_tokens", 256 if templates.is_shared else 32, "how much a model may write"))
+    length = templates.room if templates.is_shared else min(SHORT_ANSWER, templates.room)
+    lines.append(("max_new_tokens", length, "how much a model may write"))
     kind = ("exact_match", "right where the last number is the target's (whole texts: pattern: ^(.+)$)")
     return _section("answers", kind, source, lines)
 

@@ -15,7 +15,7 @@ from evojax_merge.schema.calibration import Calibration
 from evojax_merge.tasks.prompts import encode_prompt
 from evojax_merge.tasks.records import read_file
 from evojax_merge.tasks.task import FindFile
-from evojax_merge.tasks.templates import check_template, fill
+from evojax_merge.tasks.templates import check_template, fields_of_any, fill_prompt
 
 NONE = "calibration: {file: prompts.jsonl}"
 
@@ -47,7 +47,11 @@ def with_moments(
     check_template(f"{key}.prompt", section.prompt)
     files = tuple(find_file(f"{key}.file", file, folder) for file in section.files)
     records = [read_file(file)[: section.limit] for file in files]
-    texts = [[fill(row.where, f"{key}.prompt", section.prompt, row.fields) for row in rows] for rows in records]
+    known = [fields_of_any(section.prompt, [row.fields for row in rows]) for rows in records]
+    texts = [
+        [fill_prompt(row.where, f"{key}.prompt", section.prompt, row.fields, names) for row in rows]
+        for rows, names in zip(records, known, strict=True)
+    ]
     rows: list[Rows | None] = [None] * len(sources.folders)
     for k, source in enumerate(parents):
         rows[source] = _tokens(key, sources, source, texts[k if len(texts) > 1 else 0], warn)

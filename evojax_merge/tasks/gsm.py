@@ -6,6 +6,7 @@ after the agreed words, `flexible` the last number of the output. Where a langua
 it is written in it (arXiv 2403.13187).
 """
 
+import math
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -371,25 +372,32 @@ KIND = TaskKind(GsmConfig, open_gsm, source="source", test_set=test_set)
 def read_problem(record: Record) -> WordProblem:
     """A record of GSM8K (`question`, `answer` that ends in `#### number`) or MGSM (with `answer_number`)."""
     fields = record.fields
-    question, answer = fields.get("question"), fields.get("answer")
+    question, answer, given = (
+        fields.get("question"),
+        *(_written(fields.get(key)) for key in ("answer", "answer_number")),
+    )
     if not isinstance(question, str) or not question.strip():
         keys = ", ".join(map(str, fields))
         raise InputError(record.where, f"question: expected a text, found {question!r} (the record has {keys})")
     if answer is not None and not isinstance(answer, str):
         raise InputError(record.where, f"answer: expected a worked answer that ends in '#### number', found {answer!r}")
-    given = fields.get("answer_number")
     if given is None:
         if answer is None:
             raise InputError(record.where, "has neither answer nor answer_number")
         key, number = "answer", answer.rpartition("####")[2].strip()
     else:
-        # Parquet and pandas make floats of whole numbers where one is missing.
-        is_whole = isinstance(given, float) and given.is_integer()
-        key, number = "answer_number", str(int(given) if is_whole else given).strip()
+        key, number = "answer_number", str(given).strip()
     if not NUMBER.fullmatch(re.sub(r"[,$]|\.$", "", number)):
         hint = "; expected a worked answer that ends in '#### number'" if key == "answer" else ""
         raise InputError(record.where, f"{key}: {number[-80:]!r} is not a number{hint}")
     return WordProblem(question.strip(), answer.strip() if answer else None, number, record.where)
+
+
+def _written(value: Any) -> Any:
+    """A number as a text. Parquet and pandas make floats of whole numbers where one is missing."""
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
+        return str(int(value) if value == int(value) else value)
+    return value
 
 
 def format_question(style: Style, problem: WordProblem) -> str:

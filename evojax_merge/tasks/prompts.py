@@ -34,7 +34,7 @@ RESERVED = (
 # A chat template that reads turns of texts and images asks for the type of each.
 PARTS = re.compile(r"""['"]type['"]|\.type\b""")
 # Roles of ShareGPT's turns, {from: human, value: a text}, by the names that chat templates have for them.
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "model", "chatgpt", "bing", "bard"), "assistant")}
 # Keys that have no meaning without a chat template.
 CHAT_KEYS = ("messages", "system_instruction", "fewshot_as_multiturn", "chat_template_kwargs")
 
@@ -317,6 +317,15 @@ def read_turns(where: str, key: str, name: str, record: Mapping[str, Any]) -> li
         if isinstance(turn.get("from"), str) and "value" in turn and "role" not in turn:
             role = turn.pop("from")
             turn = {"role": SHAREGPT_ROLES.get(role, role), "content": turn.pop("value")} | turn
+        content = turn.get("content")
+        if isinstance(content, list) and all(
+            isinstance(part, Mapping) and part.get("type") == "text" for part in content
+        ):
+            texts = [part.get("text") for part in content]
+            turn["content"] = "".join(texts) if texts and all(isinstance(text, str) for text in texts) else content
+        if isinstance(given, Mapping) and given.get("content", "") is None:
+            what = f"{name}[{number}]: its content is null (the turn has {', '.join(map(str, turn))})"
+            raise InputError(where, f"{what}; expected a text: write what the turn says there, or leave the record out")
         if not all(isinstance(turn.get(part), str) for part in ("role", "content")):
             raise InputError(where, f"{name}[{number}]: {shown(given)}; {expected}")
         conversation.append(turn)

@@ -93,8 +93,10 @@ def read_file(path: Path) -> list[Record]:
 
 def _read_lines(path: Path) -> list[Record]:
     """The JSON objects of a file's lines; blank lines are skipped."""
-    records = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    records, text = [], read_text(path)
+    if text.lstrip().startswith("["):
+        raise InputError(path, "is a JSON array; expected one object a line, or a name that ends in .json")
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
             records.append(Record(where, _checked_object(where, _parse(where, line, "one object a line")), number))

@@ -51,7 +51,9 @@ from evojax_merge.tasks.templates import (
     check_names_field,
     check_stop,
     check_template,
+    fields_of_any,
     fill,
+    fill_prompt,
     look_up,
     named_fields,
     only_field,
@@ -400,10 +402,14 @@ def read_examples(
     """The examples of a source's records. section: the config in messages; folder: of images, by default the source's;
     has_targets: see `open_prompted`. Raises InputError with the place of the first record that does not fit."""
     folder = folder or source.files[0].parent
-    return [_example(record, kind, config, section, folder, has_targets) for record in source.records]
+    known = fields_of_any(config.prompt, [record.fields for record in source.records])
+    return [_example(record, kind, config, section, folder, has_targets, known) for record in source.records]
 
 
-def _example(record: Record, kind: Kind, config: PromptConfig, section: str, folder: Path, has_target: bool) -> Example:
+def _example(
+    record: Record, kind: Kind, config: PromptConfig, section: str, folder: Path, has_target: bool,
+    known: Sequence[str],
+) -> Example:  # fmt: skip
     where, is_chat, prefix = record.where, bool(config.apply_chat_template), config.assistant_prefix
     # A placeholder that is never read.
     template = config.target if has_target else NO_TARGET
@@ -411,7 +417,7 @@ def _example(record: Record, kind: Kind, config: PromptConfig, section: str, fol
     images = read_images(record, folder, {*named_fields(config.prompt), *named_fields(template), *choice_fields})
     turns: list[Turn] = []
     if config.messages is None:
-        prompt = fill(where, f"{section}.prompt", config.prompt, record.fields)
+        prompt = fill_prompt(where, f"{section}.prompt", config.prompt, record.fields, known)
         before = "" if is_chat else prompt
     else:
         prompt = before = ""

@@ -61,7 +61,7 @@ FILES = [
     Case("a device without an end", instead("tasks.jsonl", link("/dev/zero")), ("zero", "regular file")),
     Case("a link to nowhere", instead("tasks.jsonl", link("nothing")), ("tasks.jsonl", "no such file")),
     Case("a name that no file can have", task(LIKELIHOOD, file="x" * 300), ("tasks[0].file", "255 bytes")),
-    Case("a list of all records", data(json.dumps(GOOD).encode()), ("tasks.jsonl:1", "object", "list")),
+    Case("a list of all records", data(json.dumps(GOOD).encode()), ("tasks.jsonl", "JSON array", "ends in .json")),
     Case("a document over several lines", data(json.dumps(GOOD[0], indent=1).encode()), ("tasks.jsonl:1", "JSON")),
     Case("a parquet file that is none", together(
         task(GSM, source="tasks.parquet"), lambda world: world.write("tasks.parquet", b"PAR1" + bytes(99) + b"PAR1"),
