@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,6 +45,12 @@ def make(tasks: Any = None, parents: Any = None, **changes: Any) -> em.Study:
     models = em.load_models(BASE, parents or [ONE, TWO])
     space = em.MergeSpace(models, "task_arithmetic", parameters={"weight": {"high": 1.5}})
     return em.Study(models, space, tasks or [closeness], **SEARCH | changes)
+
+
+def deleted() -> Any:
+    leaf = jnp.array(ONE["head"])
+    leaf.delete()
+    return leaf
 
 
 def with_rows(**keys: Any) -> dict[str, Any]:
@@ -149,6 +156,19 @@ def test_functions_that_jax_cannot_trace(tmp_path: Path) -> None:
         make([counted])
 
 
+def test_held_out_examples_that_are_not_finite_are_told() -> None:
+    held = {"x": np.concatenate([ROWS["x"] + 1, np.full((1, 3), np.nan, np.float32)])}
+    with pytest.warns(UserWarning, match=r"^On the held-out examples of errors \(score\) 5 of 5 models have no finite"):
+        run = make([with_rows(heldout=held)]).run(1)
+    assert len(run.result["verdicts"]) == 1
+
+
+def test_a_fitness_can_be_debugged_without_compiling() -> None:
+    with jax.disable_jit():
+        [row] = make().run(np.int64(1)).history
+    np.testing.assert_allclose(row["fitness"], make().run(1).history[0]["fitness"], rtol=1e-5)
+
+
 def test_gradients_are_followed(tmp_path: Path) -> None:
     run = make(strategy=em.strategies.gradient(population=1), out=tmp_path / "run").run(2)
     assert run.history[1]["fitness"][0] > run.history[0]["fitness"][0]
@@ -192,6 +212,7 @@ def test_a_run_has_the_candidates_of_its_study(tmp_path: Path) -> None:
         (lambda: em.load_models(BASE, {"a b": ONE}), "load_models: parents: 'a b'; expected names of letters"),
         (lambda: em.load_models(None, {"maths": "zoo:maths"}), "parents: name 'zoo:maths'; expected a list"),
         (lambda: em.load_models(None, [MODULE, MODULE]), "parents[0]: is a Linear, a module of torch; expected"),
+        (lambda: make(parents=[ONE | {"head": deleted()}, TWO]), "parents[0]: leaf 'head' was deleted, or donated"),
         (lambda: em.LayerPathSpace(em.load_models(None, [ONE, TWO])), "LayerPathSpace: data_flow: is for language"),
         (lambda: em.PoolSpace(em.load_models(None, [ONE, TWO])), "PoolSpace: pool: is for language models"),
         (lambda: em.MixtureSpace(em.load_models(None, [ONE, TWO])), "MixtureSpace: mixture: is for language models"),

@@ -214,7 +214,7 @@ class Study(Searched, Described):
                 "Study.run: generations", "missing; expected a number, or a budget of the study" if budget is None
                 else f"{generations}; the study has a budget, {budget}: leave them out",
             )  # fmt: skip
-        if generations is not None and generations < 1:
+        if generations is not None and (generations := int(generations)) < 1:
             raise InputError("Study.run: generations", f"{generations}; expected 1 or more")
         if self._rows:
             raise InputError(
