@@ -439,6 +439,9 @@ def _section(where: str, models: Models, task: Task) -> Mapping[str, Any]:
     """A task's section of a config. A function alone is a task of pytrees. Raises InputError for one where the models
     are language models."""
     if isinstance(task, Mapping):
+        given = task.get("function")
+        if isinstance(given, HostFitness) and task.get("kind") == "arrays":
+            return {**task, "function": given.function, "traced": False}
         return task
     if models.decoder is not None:
         raise InputError(where, "is a function alone; for language models use em.tasks.Function(f, file=…)")
