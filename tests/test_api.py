@@ -108,7 +108,12 @@ def test_a_recipe_as_a_mapping_starts_in_the_working_directory(
     ("changes", "options", "named"),
     [
         ({"merge_method": "task_arithmetics"}, {}, "recipe: merge_method: unknown method .* 'task_arithmetic'"),
-        ({"dtype": object()}, {}, "recipe: holds <object object"),
+        ({"dtype": object()}, {}, "recipe: dtype: holds <object object"),
+        (
+            {"models": [{"model": "zoo:base", "parameters": {"weight": np.nan}}]},
+            {},
+            "weight: nan; expected a finite number",
+        ),
         ({}, {"dtype": "bfloat"}, r"dtype: unknown dtype 'bfloat' \(did you mean 'bfloat16'"),
         ({}, {"seed": -1}, "seed: -1; expected a whole number from 0"),
         ({}, {"seed": True}, "seed: True"),
@@ -211,6 +216,10 @@ def test_a_run_that_has_just_begun(run: Path, tmp_path: Path) -> None:
     first, second = (run / "history.jsonl").read_text().split("\n")[:2]
     (tmp_path / "history.jsonl").write_text(f"{first}\n{second[:7]}")
     assert found.history == [json.loads(first)]
+    (tmp_path / "history.jsonl").unlink()
+    for value in (lambda: found.best, found.plot):
+        with pytest.raises(em.InputError, match=r"there is no generation yet; Study\.run, .* make them"):
+            value()
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ CALLS: list[tuple[Callable[[], Any], str]] = [
     (lambda: em.evolve({}, resume=1), "evolve: resume: 1"),
     (lambda: em.evolve({}, seed=True), "evolve: seed: True"),
     (lambda: em.evolve({}, overrides="a=b"), "evolve: overrides: 'a=b'; expected a list of texts"),
+    (lambda: em.evolve({}, overrides={"seed": 2}), 'expected a list of texts, such as ["search.generations=20"]'),
     (lambda: em.evolve({}, overrides=[3]), "evolve: overrides[0]: 3; expected a text"),
     (lambda: em.evolve({}, on_generation=None), "evolve: on_generation: None; expected a function"),
     (lambda: em.evolve({}, force="yes"), "evolve: force: 'yes'"),

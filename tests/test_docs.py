@@ -242,6 +242,13 @@ def test_the_api_pages_study_runs(family: Family, tmp_path: Path, monkeypatch: p
         assert (tmp_path / written).is_file()
 
 
+def test_the_kernels_examples_run(tmp_path: Path) -> None:
+    text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    for number, block in enumerate(block for language, block in BLOCK.findall(text) if language == "python"):
+        (tmp_path / f"{number}.py").write_text(block)
+        run_script(tmp_path / f"{number}.py", folder=tmp_path)
+
+
 def test_every_benchmark_says_what_it_measures() -> None:
     listed = runpy.run_path(str(ROOT / "bench" / "__main__.py"))
     pages = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")

@@ -409,6 +409,13 @@ def test_light_deltas_count_alike_in_sce() -> None:
         assert kept.mean() == pytest.approx(share, abs=0.01)
 
 
+def test_sources_of_unlike_shapes_are_refused() -> None:
+    sources, numbers = [np.ones((6, 5), np.float32), np.ones((1, 5), np.float32)], {"weight": np.array([0.5, 0.5])}
+    for measure in (prepare, tabulate):
+        with pytest.raises(ValueError, match=r"shapes \(6, 5\), \(1, 5\); expected one"):
+            measure(METHODS["linear"], Options(), sources, numbers, draws_of((6, 5)))
+
+
 def test_zero_vectors_have_no_direction() -> None:
     """A parent of zeros, and a row of zeros, where vectors are interpolated."""
     base, one, two = make_models(SMALL, 2)

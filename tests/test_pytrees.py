@@ -223,10 +223,10 @@ def test_groups_are_the_modules_below_what_all_leaves_share() -> None:
 
 
 class Small(nnx.Module):
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, width: int = 3) -> None:
         rngs = nnx.Rngs(seed)
-        self.first = nnx.Linear(4, 3, rngs=rngs)
-        self.norm = nnx.BatchNorm(3, use_running_average=True, rngs=rngs)
+        self.first = nnx.Linear(4, width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, use_running_average=True, rngs=rngs)
 
     def __call__(self, x: Any) -> jax.Array:
         return self.norm(self.first(x))
@@ -478,6 +478,10 @@ def changed(path: tuple[str, str], value: Any) -> Any:
          r"parents\[1\]: has no leaf 'decoder/kernel', which parents\[0\] has"),
         ({"parents": [PARENTS[0], changed(("encoder", "extra"), np.ones(2))]},
          r"parents\[0\]: has no leaf 'encoder/extra', which parents\[1\] has"),
+        ({"parents": [{"a/b": np.ones(2), "a": {"b": np.ones(3)}}] * 2},
+         r"parents\[0\]: has two leaves of the name 'a/b'; expected keys without '/'"),
+        ({"parents": [Small(0), Small(1, width=5)]},
+         r"parents\[1\]: leaf 'first/bias/value' has shape \(5,\), but \(3,\) in parents\[0\]"),
         ({"parents": [[np.ones(2)], (np.ones(2),)]}, r"parents\[1\]: has other containers than parents\[0\]"),
         ({"parents": [PARENTS[0], changed(("encoder", "bias"), np.full(7, np.nan))]},
          r"parents\[1\]: leaf 'encoder/bias' holds NaN or Inf"),

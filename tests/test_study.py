@@ -276,6 +276,8 @@ def test_the_public_names() -> None:
     assert "cma_es" in dir(em.strategies)
     with pytest.raises(AttributeError, match="did you mean 'cma_es'"):
         em.strategies.cma_ess  # noqa: B018
+    with pytest.raises(AttributeError, match="did you mean 'Likelihood'"):
+        em.tasks.Likelyhood  # noqa: B018
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,8 +43,19 @@ def errors(model: Any, rows: Any) -> Any:
 
 def make(tasks: Any = None, parents: Any = None, **changes: Any) -> em.Study:
     models = em.load_models(BASE, parents or [ONE, TWO])
-    space = em.MergeSpace(models, "task_arithmetic", parameters={"weight": {"high": 1.5}})
+    # The same as 1.5.
+    space = em.MergeSpace(models, "task_arithmetic", parameters={"weight": {"high": jnp.float32(1.5)}})
     return em.Study(models, space, tasks or [closeness], **SEARCH | changes)
+
+
+def uneven(model: Any, rows: Any) -> Any:
+    return np.zeros(max(2, len(rows["x"])))
+
+
+def deleted() -> Any:
+    leaf = jnp.array(ONE["head"])
+    leaf.delete()
+    return leaf
 
 
 def with_rows(**keys: Any) -> dict[str, Any]:
@@ -69,9 +81,16 @@ def test_a_study_of_pytrees_is_their_search() -> None:
     assert list(study.best.parameters)[:3] == names and set(study.space.groups) == {"encoder", "head"}
 
 
-@pytest.mark.parametrize("function", [closeness, em.host_callback(closeness)])
-def test_a_function_alone_is_a_list_of_one(function: Any) -> None:
-    one, listed = make(function), make([function])
+TASKS: list[tuple[Any, Any]] = [
+    (closeness, [closeness]),
+    (em.host_callback(closeness), [em.host_callback(closeness)]),
+    (with_rows(traced=False), em.tasks.Arrays(em.host_callback(errors), name="errors", examples=ROWS)),
+]
+
+
+@pytest.mark.parametrize(("task", "same"), TASKS)
+def test_a_task_has_several_forms(task: Any, same: Any) -> None:
+    one, listed = make(task), make(same)
     assert one.config == listed.config
     genomes = one.ask()
     assert np.array_equal(one.evaluate(genomes).fitness, listed.evaluate(genomes).fitness)
@@ -149,6 +168,19 @@ def test_functions_that_jax_cannot_trace(tmp_path: Path) -> None:
         make([counted])
 
 
+def test_held_out_examples_that_are_not_finite_are_told() -> None:
+    held = {"x": np.concatenate([ROWS["x"] + 1, np.full((1, 3), np.nan, np.float32)])}
+    with pytest.warns(UserWarning, match=r"^On the held-out examples of errors \(score\) 5 of 5 models have no finite"):
+        run = make([with_rows(heldout=held)]).run(1)
+    assert len(run.result["verdicts"]) == 1
+
+
+def test_a_fitness_can_be_debugged_without_compiling() -> None:
+    with jax.disable_jit():
+        [row] = make().run(np.int64(1)).history
+    np.testing.assert_allclose(row["fitness"], make().run(1).history[0]["fitness"], rtol=1e-5)
+
+
 def test_gradients_are_followed(tmp_path: Path) -> None:
     run = make(strategy=em.strategies.gradient(population=1), out=tmp_path / "run").run(2)
     assert run.history[1]["fitness"][0] > run.history[0]["fitness"][0]
@@ -190,8 +222,10 @@ def test_a_run_has_the_candidates_of_its_study(tmp_path: Path) -> None:
     [
         (lambda: em.load_models(None, [ONE, "zoo:maths"]), "load_models: parents[0]: {"),
         (lambda: em.load_models(BASE, {"a b": ONE}), "load_models: parents: 'a b'; expected names of letters"),
+        (lambda: em.load_models(BASE, ONE), "parents: has the keys of the base; a mapping gives parents names"),
         (lambda: em.load_models(None, {"maths": "zoo:maths"}), "parents: name 'zoo:maths'; expected a list"),
         (lambda: em.load_models(None, [MODULE, MODULE]), "parents[0]: is a Linear, a module of torch; expected"),
+        (lambda: make(parents=[ONE | {"head": deleted()}, TWO]), "parents[0]: leaf 'head' was deleted, or donated"),
         (lambda: em.LayerPathSpace(em.load_models(None, [ONE, TWO])), "LayerPathSpace: data_flow: is for language"),
         (lambda: em.PoolSpace(em.load_models(None, [ONE, TWO])), "PoolSpace: pool: is for language models"),
         (lambda: em.MixtureSpace(em.load_models(None, [ONE, TWO])), "MixtureSpace: mixture: is for language models"),
@@ -200,6 +234,9 @@ def test_a_run_has_the_candidates_of_its_study(tmp_path: Path) -> None:
         (lambda: make([closeness, closeness]), "tasks: names must differ; 'closeness' stands more than once"),
         (lambda: make([em.tasks.Arrays(errors, name="a", examples={"x": 1.0})]), "leading axes of [0]"),
         (lambda: make(rungs=2), "search.rungs"),
+        (lambda: make(stop={"target": MODULE}), "Study: search.stop.target: holds Linear("),
+        (lambda: make([em.tasks.Arrays(uneven, name="a", examples=ROWS, traced=False)]).run(1),
+         "tasks[0]: returned 2 numbers for a candidate; expected one for each example, here 1"),
     ],
 )  # fmt: skip
 def test_wrong_calls(call: Any, named: str) -> None:

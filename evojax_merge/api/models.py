@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from merge_kernels import Method
@@ -38,6 +38,7 @@ from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.progress import bytes_bar
 from evojax_merge.schema.arguments import check_arguments
+from evojax_merge.schema.section import Form
 from evojax_merge.schema.yaml_reader import parse_documents
 from evojax_merge.search.recording import Generation
 from evojax_merge.spaces.search_parameters import constants_of, method_with_base, options_of
@@ -45,6 +46,8 @@ from evojax_merge.steps import stored_models
 from evojax_merge.steps.selection import open_evaluator
 from evojax_merge.tasks.kinds import find_kind
 from evojax_merge.zoo.references import resolve_reference
+
+Overrides = Annotated[Sequence[str], Form('a list of texts, such as ["search.generations=20"]')]
 
 
 def _check_dtype(dtype: str | None) -> None:
@@ -90,7 +93,8 @@ def merge(
     if isinstance(recipe, str | PathLike):
         source: Path | list[Any] = Path(recipe)
     else:
-        source = plain_data("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
+        document = plain_data("recipe", recipe)
+        source = [document] if isinstance(recipe, Mapping) else document
     with PythonCall():
         options = MergeOptions(
             dtype=dtype, seed=seed, overwrite=overwrite, allow_nonfinite=allow_nonfinite, allow_crimes=allow_crimes,
@@ -218,7 +222,7 @@ def evolve(
     resume: bool = False,
     overwrite: bool = False,
     seed: int | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     on_generation: Callable[[Generation], None] = lambda generation: None,
     force: bool = False,
 ) -> Run:
@@ -266,7 +270,7 @@ class Evaluator(Described):
         config: Location | Mapping[str, Any],
         *,
         seed: int | None = None,
-        overrides: Sequence[str] = (),
+        overrides: Overrides = (),
         split: Literal["search", "validation", "heldout"] = "search",
     ) -> None:
         check_arguments(Evaluator.__init__, locals())

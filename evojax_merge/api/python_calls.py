@@ -6,6 +6,7 @@ from datetime import date, datetime
 from os import PathLike
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,15 +56,15 @@ def plain_data(where: str, value: Any) -> Any:
         raise InputError(where, "is nested too deeply, or in itself; expected what YAML can say") from None
 
 
-def _plain(where: str, value: Any) -> Any:
+def _plain(where: str, value: Any, separator: str = ": ") -> Any:
     if isinstance(value, Mapping):
         named = {key: reference_to(v) if key == "function" and callable(v) else v for key, v in value.items()}
-        return {_plain_scalar(where, key): _plain(where, item) for key, item in named.items()}
+        return {_plain_scalar(where, key): _plain(f"{where}{separator}{key}", item, ".") for key, item in named.items()}
     if type(value) is set:
         return {_plain_scalar(where, item) for item in value}
     if isinstance(value, list | tuple):
-        return [_plain(where, item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
+        return [_plain(f"{where}[{number}]", item, ".") for number, item in enumerate(value)]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
         return _plain(where, value.tolist())
     if isinstance(value, PythonTree):
         return value.reference

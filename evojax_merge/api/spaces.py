@@ -95,6 +95,11 @@ def load_models(
     if not parents:
         raise InputError("load_models: parents", "is empty; expected models to merge")
     named = [("base", base)] * (base is not None)
+    if isinstance(parents, Mapping) and isinstance(base, Mapping) and parents.keys() == base.keys():
+        raise InputError(
+            "load_models: parents", "has the keys of the base; a mapping gives parents names, {name: pytree, …}; "
+            "expected a list of pytrees",
+        )  # fmt: skip
     if isinstance(parents, Mapping):
         of_parents = list(parents.items())
         for name, parent in of_parents:

@@ -216,7 +216,7 @@ class Study(Searched, Described):
                 "Study.run: generations", "missing; expected a number, or a budget of the study" if budget is None
                 else f"{generations}; the study has a budget, {budget}: leave them out",
             )  # fmt: skip
-        if generations is not None and generations < 1:
+        if generations is not None and (generations := int(generations)) < 1:
             raise InputError("Study.run: generations", f"{generations}; expected 1 or more")
         if self._rows:
             raise InputError(
@@ -442,6 +442,9 @@ def _section(where: str, models: Models, task: Task) -> Mapping[str, Any]:
     """A task's section of a config. A function alone is a task of pytrees. Raises InputError for one where the models
     are language models."""
     if isinstance(task, Mapping):
+        given = task.get("function")
+        if isinstance(given, HostFitness) and task.get("kind") == "arrays":
+            return {**task, "function": given.function, "traced": False}
         return task
     if models.decoder is not None:
         raise InputError(where, "is a function alone; for language models use em.tasks.Function(f, file=…)")

@@ -39,6 +39,8 @@ from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import StoredResult, read_result, read_run_config
 from evojax_merge.steps.selection import origin_of
 
+NO_GENERATION = "there is no generation yet; Study.run, Study.tell and evolve make them"
+
 
 @dataclass(frozen=True)
 class TrialSource:
@@ -161,7 +163,7 @@ class Searched:
             return next(same, Trial(None, None, *winner_fitness(history, result), None, {}, genome, self._source))
         finite = [trial for trial in trials if trial.fitness is not None]
         if not finite:
-            raise InputError(f"{type(self).__name__}.best", "there is no generation yet; call run, or tell")
+            raise InputError(f"{type(self).__name__}.best", NO_GENERATION)
         most = max(trial.examples or 0 for trial in finite)
         complete = [trial for trial in finite if trial.examples in (None, most)]
         return max(complete, key=lambda trial: trial.fitness or 0.0)
@@ -173,7 +175,7 @@ class Searched:
         from evojax_merge.report.charts import history_chart
 
         if not self.history:
-            raise InputError(f"{type(self).__name__}.plot", "there is no generation yet; call run, or tell")
+            raise InputError(f"{type(self).__name__}.plot", NO_GENERATION)
         return history_chart(self.history)
 
 

@@ -428,7 +428,7 @@ def _check_setting(where: str, name: str, setting: Any) -> None:
                 raise InputError(where, f"{name}: filter: {entry['filter']!r}; expected a part of tensors' names")
             _check_setting(where, name, entry.get("value"))
     elif isinstance(setting, (int, float)) and not abs(setting) <= MAX_NUMBER:
-        raise InputError(where, f"{name}: {setting!r}; expected a number of at most {MAX_NUMBER:.4g}")
+        raise InputError(where, f"{name}: {setting!r}; expected a finite number of at most {MAX_NUMBER:.4g}")
     elif not isinstance(setting, (int, float, str, type(None))):
         raise InputError(where, f"{name}: {setting!r}; expected a number, a gradient or filters")
 

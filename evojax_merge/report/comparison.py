@@ -211,6 +211,7 @@ class Result:
         ]
         return [
             *first,
+            *self._unmeasured(),
             *guards,
             *by_rival,
             *self._inherited(),
@@ -218,6 +219,17 @@ class Result:
             *self.controls,
             *self._matched(),
             *self._polished(),
+        ]
+
+    def _unmeasured(self) -> list[str]:
+        """A sentence for each task on which the winner has no finite score on held-out data."""
+        columns = {score: np.array([row.scores[score] for row in self.rows]) for score in self.shares}
+        return [
+            f"On the held-out examples of {_task_of(score)} ({_metric_of(score)}) {(~np.isfinite(values)).sum()} of "
+            f"{len(values)} models have no finite score, the winner among them: look at these examples, and at what "
+            "the task makes of them."
+            for score, values in columns.items()
+            if not np.isfinite(self.winner.scores[score])
         ]
 
     def _polished(self) -> list[str]:
@@ -278,11 +290,12 @@ class Result:
         return max(parents, key=lambda row: row.scores[score], default=None)
 
     def warnings(self) -> list[str]:
-        """The verdicts on rivals of a higher fitness, and on all else in which the winner is worse."""
+        """The verdicts on tasks without a finite score, on rivals of a higher fitness, and on all else in which the
+        winner is worse."""
         rivals = [row for row in self.rivals if self.winner.fitness < row.fitness and not row.has_too_few_votes]
         worse = [sentence for row in rivals for sentence in _sentences(self.winner, row)]
         broken = [self._guard(guard) for guard in self.guards if not guard.kept]
-        return [*broken, *worse, *self._inherited(), *self._matched()[:1]]
+        return [*self._unmeasured(), *broken, *worse, *self._inherited(), *self._matched()[:1]]
 
     def _guard(self, guard: GuardResult) -> str:
         return guard.describe(self.winner.units.get(guard.score, "") if self.rows else "")
@@ -339,7 +352,11 @@ def verdict(winner: Row, row: Row) -> str | None:
     """The sentence about the winner and a rival, on held-out data; see `Result.verdicts`."""
     lead, name, ours, unit = row.lead, _named(row), winner.fitness, winner.units.get("fitness", "")
     if not np.isfinite(ours):
-        return f"The winner has no finite score on held-out data; {name} has {row.fitness:.4f}."
+        return (
+            None
+            if not np.isfinite(row.fitness)
+            else f"The winner has no finite score on held-out data; {name} has {row.fitness:.4f}."
+        )
     start, remark = "On held-out data the winner is", "" if lead is None else lead.remark
     if remark == SAME:
         return f"{start} the same as {name}, example by example: both have {ours:.4f}{_bracketed(unit)}."

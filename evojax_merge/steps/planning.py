@@ -314,7 +314,7 @@ def disk_bytes(problem: SearchProblem[Backend]) -> int:
     search, strategy, dims = problem.search, problem.strategy, problem.space.dims
     # Checkpoints, one of them being written while the others are kept, and the history twice.
     state = strategy.init(generation_key(0, INIT_KEY), problem.space.start[None])
-    arrays = 4 * HISTORY * (dims + examples) + 4 * search.finalists * dims + tree_nbytes(state)
+    arrays = 4 * HISTORY * (dims + examples) + 4 * search.finalists * dims + tree_nbytes(jax.eval_shape(lambda: state))
     generations = TIMED_GENERATIONS if search.parsed_budget.seconds else search.generations
     history = generations * (400 + strategy.population * (45 + 14 * dims + 25 * tasks))
     return kept + model + (problem.keep.last + 1) * arrays + 2 * history + 2**20

@@ -6,7 +6,9 @@ keywords are the section's keys. A kind of task that a plugin adds is such a map
 
 from collections.abc import Callable
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from evojax_merge.errors import did_you_mean
 
 __all__ = [
     "GSM", "Arrays", "Classification", "Entropy", "ExactMatch", "Function", "Generation", "Harness", "ImageGeneration",
@@ -80,6 +82,14 @@ def Arrays(
     sources = {"file": source("examples", examples), "heldout": source("heldout", heldout)}
     given = {key: value for key, value in sources.items() if value is not None}
     return {"kind": "arrays", "function": function, "name": name, **given, **keys}
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        # Python asks for modules of this package as well, and for names of its own.
+        known = () if name.startswith("_") else __all__
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, known)}")
 
 
 def __dir__() -> list[str]:

@@ -66,7 +66,7 @@ def shown_path(path: Path) -> str:
 
 def flatten(where: str, tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
     """The leaves of a pytree, with their paths, and its structure. Raises InputError for a leaf that JAX does not take,
-    such as a tensor of torch, and for an object that is no pytree."""
+    such as a tensor of torch, for one that is deleted, and for an object that is no pytree."""
     try:
         leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     # These are raised for keys that cannot be sorted, and for a tree that contains itself, by the depth of JAX's calls.
@@ -77,6 +77,11 @@ def flatten(where: str, tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
             raise InputError(
                 where, f"leaf {shown_path(path)!r} is a {type(leaf).__name__}; expected an array of NumPy or JAX: "
                 "jax.tree.map(np.asarray, …) makes arrays of tensors on the CPU",
+            )  # fmt: skip
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
+            raise InputError(
+                where, f"leaf {shown_path(path)!r} was deleted, or donated to a compiled function; expected arrays "
+                "that live as long as the search: jax.tree.map(np.array, …) copies them",
             )  # fmt: skip
     return leaves, structure
 

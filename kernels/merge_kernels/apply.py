@@ -41,6 +41,7 @@ def prepare(
     moments: TensorMoments = lambda k: None,
 ) -> Prepared:  # fmt: skip
     """Measure one tensor for one recipe, exactly. Statistics have no grid axis."""
+    _check_shapes(sources)
     density = method.density
     if density is None:
         return method.prepare(options, PrepareInputs(sources, parameters, (), row_keys, moments))
@@ -55,10 +56,18 @@ def tabulate(
     moments: TensorMoments = lambda k: None,
 ) -> Prepared:  # fmt: skip
     """Measure one tensor for a search: for every density `0, 1/1000 … 1`. parameters: those that are never searched."""
+    _check_shapes(sources)
     if method.density is None:
         return method.prepare(options, PrepareInputs(sources, parameters, (), row_keys, moments))
     count = len(sources) - int(options.has_base) if method.density.per_parent else 1
     return method.prepare(options, PrepareInputs(sources, parameters, [GRID] * count, row_keys, moments))
+
+
+def _check_shapes(sources: Sequence[np.ndarray]) -> None:
+    """Raises ValueError for unlike shapes, which NumPy would broadcast."""
+    shapes = list(dict.fromkeys(source.shape for source in sources))
+    if len(shapes) > 1:
+        raise ValueError(f"sources have the shapes {', '.join(map(str, shapes))}; expected one shape")
 
 
 def grid_index(density: jax.Array) -> jax.Array:

@@ -231,10 +231,8 @@ def host_scores(task: ArrayTask, model: Any) -> np.ndarray:
 def checked(task: ArrayTask, rows: np.ndarray) -> np.ndarray:
     """Scores float[P, N] of a task. Raises InputError for another number of them than the task's examples."""
     if rows.shape[1] != task.size:
-        raise InputError(
-            task.where, f"returned {rows.shape[1]} numbers for a candidate; expected {task.size}, as before, or one "
-            "for each example",
-        )  # fmt: skip
+        expected = f"one for each example, here {task.size}" if task.is_divisible else f"{task.size}, as before"
+        raise InputError(task.where, f"returned {rows.shape[1]} numbers for a candidate; expected {expected}")
     return rows
 
 

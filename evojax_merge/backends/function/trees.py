@@ -1,6 +1,7 @@
 """Merges of pytrees: all sources leaf by leaf, their bank, and the merge of a genome."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,13 +49,18 @@ class Tree:
 
 def open_trees(where: str, names: Sequence[str], sources: Sequence[Any]) -> Tree:
     """Flatten the sources, and check that their structures agree. Raises InputError, which names the first leaf that
-    differs."""
+    differs, and for two leaves of one name."""
     flat = [flatten(f"{where}: {name}", source) for name, source in zip(names, sources, strict=True)]
     paths: tuple[Path, ...] = tuple(path for path, _ in flat[0][0])
     structure: Any = flat[0][1]
-    for name, (leaves, containers) in zip(names[1:], flat[1:], strict=True):
+    first_paths = {shown_path(path): None for path in paths}
+    if len(first_paths) < len(paths):
+        twice, _ = Counter(map(shown_path, paths)).most_common(1)[0]
+        raise InputError(f"{where}: {names[0]}", f"has two leaves of the name {twice!r}; expected keys without '/'")
+    in_one_order = True
+    for name, (leaves, _) in zip(names[1:], flat[1:], strict=True):
         other_paths = {shown_path(path): None for path, _ in leaves}
-        first_paths = {shown_path(path): None for path in paths}
+        in_one_order = in_one_order and list(other_paths) == list(first_paths)
         for paths_of_holder, paths_of_other, holder, lacks in (
             (first_paths, other_paths, names[0], name),
             (other_paths, first_paths, name, names[0]),
@@ -62,10 +68,14 @@ def open_trees(where: str, names: Sequence[str], sources: Sequence[Any]) -> Tree
             missing = next((path for path in paths_of_holder if path not in paths_of_other), None)
             if missing is not None:
                 raise InputError(f"{where}: {lacks}", f"has no leaf {missing!r}, which {holder} has")
+    columns = [[leaf for _, leaf in leaves] for leaves, _ in flat]
+    # Modules hold the shapes of their leaves in their structure; a leaf says more.
+    rows = () if not in_one_order else tuple(
+        _leaf(where, names, shown_path(p), values) for p, *values in zip(paths, *columns, strict=True)
+    )  # fmt: skip
+    for name, (_, containers) in zip(names[1:], flat[1:], strict=True):
         if containers != structure:
             raise InputError(f"{where}: {name}", f"has other containers than {names[0]}: {containers} and {structure}")
-    columns = [[leaf for _, leaf in leaves] for leaves, _ in flat]
-    rows = tuple(_leaf(where, names, shown_path(p), values) for p, *values in zip(paths, *columns, strict=True))
     return Tree(paths, rows, structure, tuple(columns))
 
 
