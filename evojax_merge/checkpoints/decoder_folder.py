@@ -245,7 +245,8 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors hold the same bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return np.array_equal(*(np.ascontiguousarray(each.read()).view(np.uint8) for each in (one, other)))
+    first, second = (np.ascontiguousarray(each.read()).view(np.uint8) for each in (one, other))
+    return np.array_equal(first, second)
 
 
 def decoder_of(folder: Folder, *, with_aside: bool = False) -> DecoderFolder:
