@@ -261,8 +261,8 @@ class Evaluator(Described):
     """A config's space and tasks, for a search loop of one's own: genomes in, scores out.
 
     config, seed, overrides: the same as for `evolve`; the config's strategy and budget are not used. split: the
-    examples to score on: `search`, `validation` (where the config keeps some back), or `heldout`, which no search
-    should see. The constructor loads the models.
+    examples to score on, all of them whatever a task's `limit`: `search`, `validation` (where the config keeps some
+    back), or `heldout`, which no search should see. The constructor loads the models.
     """
 
     def __init__(
