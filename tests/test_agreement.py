@@ -9,7 +9,7 @@ import pytest
 from helpers.commands import run_here
 from helpers.families import Family
 from helpers.files import read_json, read_lines, write_lines, write_yaml
-from helpers.models import random_records, word_tokenizer, words
+from helpers.models import even_records, word_tokenizer, words
 from helpers.searches import problem_of, search_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +23,7 @@ from evojax_merge.steps.planning import make_plan
 from evojax_merge.steps.selection import open_evaluators
 from evojax_merge.tasks.opening import open_whole_task
 
-RECORDS = random_records(8, seed=3)
+RECORDS = even_records(8, seed=3)
 CHOICES = ["w5", "w6 w7", "w40"]
 WRITTEN = {"max_new_tokens": 3}
 

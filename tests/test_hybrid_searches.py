@@ -68,6 +68,7 @@ def test_children_of_a_pool_score_the_same_wherever_their_parents_are(family: Fa
         assert texts == answers[0][1]
 
 
+@thorough
 def test_gradients_are_slopes_and_come_back_layer_by_layer(family: Family) -> None:
     path = write_config(family.root, space={"method": "linear"}, base=None, tasks=[TEXT | {"weight": 1}])
     gradients = []
