@@ -159,10 +159,10 @@ def test_experts_of_clip_are_searched(clips: Path, tmp_path: Path) -> None:
 
 def test_the_table_top_merge_is_as_right_in_fewer_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long to short in the small; shorter trained than by its users, but for `make test-all`."""
-    few = [f"--set={key}" for key in ("search.generations=6", "tasks.0.limit=64", "tasks.1.limit=64")]
+    few = [f"--set={key}" for key in ("search.generations=8", "tasks.0.limit=64", "tasks.1.limit=64")]
     if not ALL:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        steps = {name: (start, steps // 5) for name, (start, steps) in lengths.MODELS.items()}
+        steps = {name: (start, steps // 3) for name, (start, steps) in lengths.MODELS.items()}
         monkeypatch.setattr(lengths, "MODELS", steps)
     run_here("search", SHOWCASES / "long_to_short_tabletop.yaml", "--out", tmp_path / "run", *few)
     table = json.loads((tmp_path / "run/result.json").read_text())["table"]
