@@ -44,10 +44,10 @@ LAYERS_DIFFER, MORE_LAYERS = re.compile(r"per_layer|layer_config|block_config"),
 Size = tuple[int | None, ...]
 
 
-def depth_error(folder: DecoderFolder, depth: object, found: int) -> InputError:
+def depth_error(folder: DecoderFolder, depth: object, layers: int) -> InputError:
     """The error of a config with another number of layers than the tensors have."""
     hint = wrapper_hint({name.partition(".")[2] for name in folder.entries}, folder.entries)
-    return InputError(folder.where, f"num_hidden_layers: {depth}, but its tensors are of {found}{hint}")
+    return InputError(folder.where, f"num_hidden_layers: {depth}, but its tensors are of {layers}{hint}")
 
 
 def check_against_config(folder: DecoderFolder, is_checked: Callable[[str], bool] = lambda name: True) -> None:

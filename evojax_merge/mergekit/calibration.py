@@ -47,10 +47,10 @@ def with_moments(
     check_template(f"{key}.prompt", section.prompt)
     files = tuple(find_file(f"{key}.file", file, folder) for file in section.files)
     records = [read_file(file)[: section.limit] for file in files]
-    known = [fields_of_any(section.prompt, [row.fields for row in rows]) for rows in records]
+    fields = [fields_of_any(section.prompt, [row.fields for row in rows]) for rows in records]
     texts = [
         [fill_prompt(row.where, f"{key}.prompt", section.prompt, row.fields, names) for row in rows]
-        for rows, names in zip(records, known, strict=True)
+        for rows, names in zip(records, fields, strict=True)
     ]
     rows: list[Rows | None] = [None] * len(sources.folders)
     for k, source in enumerate(parents):

@@ -88,8 +88,8 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         # Python asks for modules of this package as well, and for names of its own.
-        known = () if name.startswith("_") else __all__
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, known)}")
+        names = () if name.startswith("_") else __all__
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, names)}")
 
 
 def __dir__() -> list[str]:

@@ -85,12 +85,12 @@ def fields_of_any(template: str, records: Sequence[Mapping[str, Any]]) -> list[s
     return [name for name in named_fields(template) if any(name in record for record in records)]
 
 
-def fill_prompt(where: str, key: str, template: str, record: Mapping[str, Any], known: Sequence[str]) -> str:
-    """Fill a prompt's template. A field that is null, or missing and one that other records have (`known`), is empty
+def fill_prompt(where: str, key: str, template: str, record: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """Fill a prompt's template. A field that is null, or missing and one that other records have (`fields`), is empty
     text, unless all are. Line feeds between an empty field and an end of the prompt are left out."""
     given = record
     if any(record.get(name) is not None for name in named_fields(template)):
-        given = {name: "" if value is None else value for name, value in {**dict.fromkeys(known), **record}.items()}
+        given = {name: "" if value is None else value for name, value in {**dict.fromkeys(fields), **record}.items()}
     text, parts = fill(where, key, template, given), _parts(template)
     for part, strip in ((parts[:1], str.lstrip), (parts[-1:], str.rstrip)):
         if part and isinstance(part[0], tuple) and not _value(where, key, part[0], given):

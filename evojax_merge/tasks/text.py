@@ -402,13 +402,13 @@ def read_examples(
     """The examples of a source's records. section: the config in messages; folder: of images, by default the source's;
     has_targets: see `open_prompted`. Raises InputError with the place of the first record that does not fit."""
     folder = folder or source.files[0].parent
-    known = fields_of_any(config.prompt, [record.fields for record in source.records])
-    return [_example(record, kind, config, section, folder, has_targets, known) for record in source.records]
+    fields = fields_of_any(config.prompt, [record.fields for record in source.records])
+    return [_example(record, kind, config, section, folder, has_targets, fields) for record in source.records]
 
 
 def _example(
     record: Record, kind: Kind, config: PromptConfig, section: str, folder: Path, has_target: bool,
-    known: Sequence[str],
+    fields: Sequence[str],
 ) -> Example:  # fmt: skip
     where, is_chat, prefix = record.where, bool(config.apply_chat_template), config.assistant_prefix
     # A placeholder that is never read.
@@ -417,7 +417,7 @@ def _example(
     images = read_images(record, folder, {*named_fields(config.prompt), *named_fields(template), *choice_fields})
     turns: list[Turn] = []
     if config.messages is None:
-        prompt = fill_prompt(where, f"{section}.prompt", config.prompt, record.fields, known)
+        prompt = fill_prompt(where, f"{section}.prompt", config.prompt, record.fields, fields)
         before = "" if is_chat else prompt
     else:
         prompt = before = ""
