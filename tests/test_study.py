@@ -357,6 +357,8 @@ def test_digests_are_of_the_code(tmp_path: Path) -> None:
             "def h(t):\n    return lambda a, b: t\nf = h({'a': jnp.full(2, k)})",
             "def h(t):\n    return lambda a, b: t.k\nt = K()\nt.k = k\nf = h(t)",
             "N = jnp.full(4, k)\ndef f(a, b): return N",
+            "def h(s, t):\n    return lambda a, b: (s.k, t.k)\ns, t = K(), K()\ns.k, t.k = 0, k\nf = h(s, t)",
+            "import numpy as np\ndef f(a, b, t=np.array(['x', k], object)): return t",
         ) for k in (1, 2)),
     ]  # fmt: skip
     digests = [digest(define(source)) for source in others]

@@ -8,6 +8,7 @@ import dis
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 from hashlib import sha256
 from inspect import getattr_static
@@ -99,7 +100,7 @@ def _content(value: Any, seen: set[int], module: str | None) -> Iterator[object]
                 yield from _content(used, seen, module)
     elif isinstance(value, types.MethodType):
         yield from _content(value.__func__, seen, module)
-        yield from _content(_constants(value.__self__), seen, module)
+        yield from _attributes(value.__self__, seen, module)
     elif isinstance(value, functools.partial):
         for part in (value.func, value.args, value.keywords):
             yield from _content(part, seen, module)
@@ -114,14 +115,19 @@ def _content(value: Any, seen: set[int], module: str | None) -> Iterator[object]
         yield sorted(repr(list(_content(item, set(), module))) for item in value)
     elif _is_array(value):
         array = _on_host(value)
-        yield from (array.dtype.str, array.shape, sha256(np.ascontiguousarray(array).tobytes()).hexdigest())
+        yield from (str(value.dtype), *value.shape)
+        if array is not None and array.dtype == object:
+            for item in array.flat:
+                yield from _content(item, seen, module)
+        elif array is not None:
+            yield sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
     elif hasattr(value, "__wrapped__"):  # jax.jit and other wrappers
         yield from _content(value.__wrapped__, seen, module)
     elif callable(value) and isinstance(call := getattr_static(type(value), "__call__", None), types.FunctionType):
         yield from _content(call, seen, module)
-        yield from _content(_constants(value), seen, module)
+        yield from _attributes(value, seen, module)
     elif type(value).__module__ in (module, "types", "argparse") or is_dataclass(value):
-        yield from _content(_constants(value), seen, module)
+        yield from _attributes(value, seen, module)
     else:
         yield getattr(value, "__qualname__", "")
 
@@ -131,28 +137,32 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "__array__") and hasattr(value, "dtype") and hasattr(value, "shape")
 
 
-def _on_host(array: Any) -> np.ndarray:
-    try:
-        return np.asarray(array)
-    except (TypeError, RuntimeError):
-        # Tensors may have a gradient, or lie on another device; JAX's random keys are no numbers.
-        if hasattr(array, "detach"):
-            return np.asarray(array.detach().cpu())
-        import jax
+def _on_host(array: Any) -> np.ndarray | None:
+    """The array in the host's memory; None where it cannot be had, as where it was deleted."""
+    import jax
 
-        return np.asarray(jax.random.key_data(array))
+    # Tensors may have a gradient, or lie on another device; JAX's random keys are no numbers.
+    readers: tuple[Callable[[], Any], ...] = (
+        lambda: array, lambda: array.detach().cpu(), lambda: jax.random.key_data(array)
+    )  # fmt: skip
+    for read in readers:
+        with suppress(AttributeError, TypeError, ValueError, RuntimeError):
+            return np.asarray(read())
+    return None
 
 
-def _constants(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object but for those that its methods set: its state, such as a counter."""
+def _attributes(value: Any, seen: set[int], module: str | None) -> Iterator[object]:
+    """The content of an object's attributes but for those that its methods set: its state, such as a counter."""
     methods = [(name, part) for kind in type(value).__mro__ for name, part in vars(kind).items()]
     state = {
         attribute
         for name, part in methods if isinstance(part, types.FunctionType) and name not in ("__init__", "__post_init__")
         for attribute in _names_set(part.__code__, "STORE_ATTR")
     }  # fmt: skip
-    attributes = getattr(value, "__dict__", None)
-    return None if attributes is None else {key: part for key, part in attributes.items() if key not in state}
+    for name, part in getattr(value, "__dict__", {}).items():
+        if name not in state:
+            yield name
+            yield from _content(part, seen, module)
 
 
 def _cell(cell: types.CellType) -> Any:
