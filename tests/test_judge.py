@@ -1171,9 +1171,9 @@ def test_the_page_says_what_happens_at_each_of_its_moments(
         port = free.getsockname()[1]
 
     def seen(browser: Browser) -> str:
-        """The page's words, without the seconds that pass."""
+        """The page's words, without the seconds that pass and the share, which an open page asks for now and then."""
         left = r", about \d+:\d+ left( at the rate so far)?"
-        return re.sub(rf"{left}|\d+:\d+( so far)?", "", browser.evaluate("document.body.innerText"))
+        return re.sub(rf"{left}|\d+:\d+( so far)?|\d+% done", "", browser.evaluate("document.body.innerText"))
 
     def shows(browser: Browser, moment: str, words: str) -> None:
         """The words of a moment are shown, and no figure of the posterior; the same where the page is loaded again."""
