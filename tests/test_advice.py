@@ -70,7 +70,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "use", "target", "bank"), sample(CASES, 5))
+@pytest.mark.parametrize(("name", "use", "target", "bank"), sample(CASES, 2))
 def test_following_each_advice_once_makes_a_search_fit(
     name: str, use: str, target: str, bank: str, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

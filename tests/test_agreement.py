@@ -10,6 +10,7 @@ from helpers.commands import run_here
 from helpers.families import Family
 from helpers.files import read_json, read_lines, write_lines, write_yaml
 from helpers.models import even_records, word_tokenizer, words
+from helpers.sampling import sample, thorough
 from helpers.searches import problem_of, search_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,7 +99,7 @@ def test_the_answer_is_the_likeliest_choice(tmp_path: Path) -> None:
     assert np.isnan(task.score(replace(requests.unanswered(4), totals=totals))["agreement"]).all()
 
 
-@pytest.mark.parametrize("keys", [{"choices": CHOICES, "step": 0.2}, WRITTEN | {"step": 0.01}])
+@pytest.mark.parametrize("keys", sample([WRITTEN | {"step": 0.01}, {"choices": CHOICES, "step": 0.2}], 1))
 def test_a_search_scores_what_its_neighbours_answer(keys: dict[str, Any], family: Family, tmp_path: Path) -> None:
     """Each neighbour's answers by themselves: written by an evaluator that knows no neighbours."""
     problem = problem_of(tmp_path / "config.yaml", agreeing_search(family, tmp_path, **keys))
@@ -120,6 +121,7 @@ def test_a_search_scores_what_its_neighbours_answer(keys: dict[str, Any], family
     assert all(len(texts) == 3 for texts in scores.outputs.values())
 
 
+@thorough
 def test_a_search_by_agreement_has_a_winner(family: Family, tmp_path: Path) -> None:
     """Base and parents have no neighbours, so they have no score; a labelled task stands beside it."""
     document = agreeing_search(family, tmp_path, **WRITTEN)

@@ -10,6 +10,7 @@ from helpers.commands import refusal, run_here
 from helpers.families import Family, build_family
 from helpers.files import write_lines, write_yaml
 from helpers.models import even_records, load_torch, random_records, state, tiny_config, word_tokenizer, words
+from helpers.sampling import sample
 from helpers.searches import problem_of, search_config, task_section
 from merge_kernels import METHODS, CombineInputs, combine, prepare
 
@@ -162,7 +163,7 @@ def test_a_search_over_weights_writes_what_it_scored(pair: Family, tmp_path: Pat
     assert str(tmp_path / "some.jsonl") in load_yaml(run / "config.yaml")["inputs"]
 
 
-@pytest.mark.parametrize("method", ["regmean", "regmean_plusplus", "fisher"])
+@pytest.mark.parametrize("method", sample(["regmean", "regmean_plusplus", "fisher"], 1))
 def test_a_second_merge_or_search_on_the_same_models_runs_no_prompt(
     method: str, pair: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -454,6 +454,7 @@ def test_stages_follow_each_other(chain: tuple[File, File]) -> None:
     assert len((out / "history.jsonl").read_text().splitlines()) == 4
 
 
+@thorough
 def test_a_chain_that_is_killed_and_resumed_ends_in_the_same_bytes(chain: tuple[File, File], tmp_path: File) -> None:
     config, finished = chain
     out = tmp_path / "run"

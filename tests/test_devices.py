@@ -290,6 +290,7 @@ def history(out: Path) -> list[dict[str, Any]]:
     return read_lines(out / "history.jsonl")
 
 
+@thorough
 def test_two_processes_find_what_one_finds(family: Family, tmp_path: Path) -> None:
     """A winner that is chosen on a validation split, and an end before the last generation, among the rest."""
     config = write_config(family.root, tasks=[CHOICE])

@@ -1,5 +1,6 @@
 """Image generators: files of tensors merge as sd-mecha merges them, and diffusers folders are merged and searched."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -451,8 +452,10 @@ def test_prompts_latents_and_the_groups_of_evosdxl(stable: list[Path], tmp_path:
     assert scores.shape == (2,) and np.isfinite(scores).all()
 
 
-@pytest.mark.parametrize("together", [1, 2, "all"])
-@pytest.mark.parametrize("parts", [["attention", "other"], ["attention+other"]])
+@pytest.mark.parametrize(
+    ("together", "parts"),
+    sample(itertools.product([1, 2, "all"], [["attention", "other"], ["attention+other"]]), 2),
+)
 def test_the_recipe_of_a_search_gives_what_it_scored(
     together: Any, parts: list[str], stable: list[Path], tmp_path: Path
 ) -> None:

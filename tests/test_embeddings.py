@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from helpers.commands import run_here
 from helpers.files import read_json, write_json, write_lines, write_yaml
 from helpers.models import randomised, save
+from helpers.sampling import thorough
 from helpers.searches import problem_of
 from PIL import Image
 from safetensors.numpy import load_file
@@ -182,6 +183,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@thorough
 def test_images_are_classified_by_the_texts_of_their_classes(clips: Path, tmp_path: Path) -> None:
     task = {"name": "named", "kind": "classification", "file": "images", "heldout": 0.5, "metric": "log_probability",
             "prompts": ["w9 {label}", "w10 w11 {label} w12"]}  # fmt: skip

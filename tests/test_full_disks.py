@@ -220,7 +220,7 @@ def test_a_finished_run_that_is_resumed_needs_no_disk(fault: Any, left: int, fam
     trouble.end()
 
 
-@pytest.mark.parametrize(("kind", "moment", "fault", "left"), sample(CASES, 2))
+@pytest.mark.parametrize(("kind", "moment", "fault", "left"), sample(CASES, 1))
 def test_a_search_whose_disk_fails_goes_on_to_the_same_bytes(
     kind: str, moment: str, fault: Any, left: int, family: Family, disk: Path,
     undisturbed: Callable[[str], dict[str, Any]],

@@ -387,6 +387,7 @@ def history(folder: Path) -> bytes:
     return (folder / "history.jsonl").read_bytes()
 
 
+@thorough
 @pytest.mark.parametrize(
     ("kind", "search"),
     sample(
@@ -491,6 +492,7 @@ def test_what_has_no_gradient_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@thorough
 def test_hybrid_says_what_its_figures_mean(family: Family, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     search = {"strategy": "hybrid", "population": 4, "generations": 3, "gradient": {"generations": 1}}

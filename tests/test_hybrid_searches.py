@@ -49,6 +49,7 @@ def test_merges_score_the_same_wherever_the_models_are(family: Family) -> None:
     assert np.ptp(equal_scores(write_config(family.root), 1e-4)["choice/margin"], axis=0).min() > 1e-4
 
 
+@thorough
 def test_layer_paths_score_the_same_wherever_the_models_are(family: Family) -> None:
     margins = equal_scores(write_paths(family.root), 1e-4)["choice/margin"]
     # No config says the order of the layers of some paths.

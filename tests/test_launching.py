@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.families import build_family
 from helpers.models import tiny_config
+from helpers.sampling import thorough
 from test_devices import CHOICE, write_config
 
 from evojax_merge.errors import InputError
@@ -132,6 +133,7 @@ STAND_INS = {
 }
 
 
+@thorough
 def test_a_job_of_slurm_that_is_queued_again_ends_as_one_that_never_stopped(tmp_path: Path) -> None:
     """The script of the guide, with stand-ins for SLURM's programs."""
     family = build_family(tmp_path / "family", tiny_config())

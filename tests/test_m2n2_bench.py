@@ -41,6 +41,7 @@ def test_slerp_with_a_split_point_is_slerp_on_either_side() -> None:
     np.testing.assert_allclose(m2n2.slerp_with_split(first, first, 0.2, 30), first, rtol=1e-6)
 
 
+@thorough
 def test_every_method_on_scikit_learns_digits_keeps_what_the_experts_read() -> None:
     evaluations = 320
     before = max(float(m2n2_digits.right(expert, m2n2_digits.load_images()[1]).mean())

@@ -120,6 +120,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@thorough
 @pytest.mark.parametrize("name", sample(VARIANTS, 1))
 def test_other_mixtures_are_exported_as_they_were_scored(name: str, tmp_path: Path) -> None:
     changes = dict(VARIANTS[name])

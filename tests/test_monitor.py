@@ -14,6 +14,7 @@ from helpers.commands import refusal, run_here
 from helpers.families import Family, build_family
 from helpers.files import read_lines
 from helpers.models import tiny_config
+from helpers.sampling import sample
 from hostile import start_command
 from test_devices import CHOICE, write_config
 
@@ -99,7 +100,7 @@ def test_addresses_of_object_stores_are_refused(command: str, family: Family, tm
     assert not Path("s3:").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", sample([signal.SIGUSR1, signal.SIGTERM], 1))
 def test_a_batch_system_s_signal_ends_with_the_last_generation_saved(
     number: signal.Signals, family: Family, tmp_path: Path
 ) -> None:

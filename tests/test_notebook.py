@@ -6,6 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from helpers.families import Family, stand_in_for_the_zoo
+from helpers.sampling import thorough
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,6 +15,7 @@ NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
 SMALLER = {"study.run(40)": "study.run(2)", '"population": 16': '"population": 4'}
 
 
+@thorough
 def test_the_notebook_runs(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_for_the_zoo(tmp_path / "cache", family)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -290,6 +290,7 @@ def test_a_text_model_whose_layers_differ(root: Path, tmp_path: Path) -> None:
     assert "mlp" in message and "48" in message and "40" in message and message.count("evojax-merge") <= 1, message
 
 
+@thorough
 def test_a_text_model_of_another_base_frequency(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The frequencies of the model that sees win, and one line says so."""
     for name, seed in (("text", 1), ("japanese", 2)):

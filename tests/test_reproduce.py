@@ -186,6 +186,7 @@ def test_a_run_is_reproduced_to_the_bit(finished: Path, capsys: pytest.CaptureFi
     assert f"{again}: exists already; choose a new folder with --out" in capsys.readouterr().err
 
 
+@thorough
 def test_a_run_of_models_by_name_is_reproduced(tmp_path: Path) -> None:
     """The run folder's config has the paths of models that the user's calls `zoo:base` and so forth."""
     quick = ("search.population=4", "search.generations=2", "search.finalists=1", "tasks.0.limit=8", "tasks.1.limit=8")

@@ -16,6 +16,7 @@ from helpers.decoders import greedy_tokens, load_decoder
 from helpers.families import Family, build_family
 from helpers.files import read_json, read_lines, write_lines, write_yaml
 from helpers.models import load_torch, random_model, save, tiny_config, word_tokenizer, words
+from helpers.sampling import thorough
 from helpers.searches import open_problem, search_config, task_section
 from hostile import run_python
 from scipy.stats import chisquare
@@ -314,6 +315,7 @@ def test_texts_are_the_same_wherever_and_in_whatever_pieces_they_are_drawn(famil
     assert alone == [row[3:6] + row[12:15] for row in expected]
 
 
+@thorough
 def test_a_search_that_was_interrupted_draws_what_it_would_have(family: Family, tmp_path: Path) -> None:
     path = config_of(family, tmp_path, DRAWN, generations=3)
     run_here("search", path, "--out", tmp_path / "whole")

@@ -100,6 +100,7 @@ def four_heads(root: Path) -> Path:
     return write_config(family.root)
 
 
+@thorough
 def test_two_processes_that_share_each_candidate_score_as_one(tmp_path: Path) -> None:
     config = four_heads(tmp_path)
     document = yaml.safe_load(config.read_text())

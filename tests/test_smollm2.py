@@ -147,6 +147,7 @@ def test_logits_are_those_of_torch(
         np.testing.assert_allclose(got[: len(ids)], wanted, rtol=0, atol=atol)
 
 
+@thorough
 def test_greedy_generation_is_that_of_torch(
     written: list[tuple[list[int], list[int]]], theirs: Any, tokenizer: Any
 ) -> None:

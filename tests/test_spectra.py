@@ -12,7 +12,7 @@ from helpers.commands import assert_refused, run_here
 from helpers.families import Family, build_family
 from helpers.files import read_json, write_yaml
 from helpers.models import finetune, random_model, save, state, tiny_config, words
-from helpers.sampling import sample
+from helpers.sampling import sample, thorough
 from helpers.searches import search_config
 from merge_kernels import METHODS, CombineInputs, combine, prepare
 from merge_kernels.purified import gram_spectrum, orthogonalise, thin_svd
@@ -241,7 +241,7 @@ SPACES = {
 
 
 @pytest.mark.parametrize("place", sample(["device", "host", "disk"], 1))
-@pytest.mark.parametrize("name", ["tsv_m", "swudi_filter"])
+@pytest.mark.parametrize("name", sample(["tsv_m", "swudi_filter"], 1))
 def test_what_a_search_scores_is_what_merge_writes(
     bfloat16_family: Family, tmp_path: Path, name: str, place: str
 ) -> None:
@@ -262,6 +262,7 @@ def test_what_a_search_scores_is_what_merge_writes(
     assert winner_row["heldout_fitness"] == pytest.approx(row["fitness"], abs=1e-6)
 
 
+@thorough
 def test_gradients_search_what_is_smooth(family: Family, tmp_path: Path) -> None:
     space = {"method": "swudi_filter", "parameters": {"weight": {}, "lambda": {}, "filter": {}}}
     config = search_config(family, 3, 2, space=space, search={"strategy": "gradient"})

@@ -21,7 +21,7 @@ import pytest
 from helpers.commands import run_here
 from helpers.families import Family
 from helpers.files import read_json, write_yaml
-from helpers.sampling import thorough
+from helpers.sampling import ALL, thorough
 from helpers.searches import search_config
 from hostile import run_python
 
@@ -446,19 +446,17 @@ def test_a_second_run_and_a_resumed_one_compile_nothing(family: Family, tmp_path
     tasks = [*document(family)["tasks"], answers | {"max_new_tokens": 4}]
     config = write_config(tmp_path, family, tasks=tasks)
     other = ["--seed", "7"]
-    runs = [
-        ("one", []),
-        ("two", []),
-        ("three", other),
-        ("three", [*other, "--resume", "--set", "search.generations=5"]),
-    ]
+    runs = [("one", []), ("two", [])]
+    if ALL:
+        runs += [("three", other), ("three", [*other, "--resume", "--set", "search.generations=5"])]
     for out, options in runs:
         done = run_python(SEARCH, "search", config, "--out", tmp_path / out, *options)
         assert re.search(r"\ncompiling took [\d.]+ s, for [\d,]+ programs", done.stdout)
     (second,) = compiled(tmp_path / "two")
     assert second["programs"] == 0 and second["kept"] > 10, second
-    # Another number of distinct finalists is another shape for the least of the programs, which decodes genomes.
-    assert all(session["programs"] <= 2 and session["kept"] > 10 for session in compiled(tmp_path / "three"))
+    if ALL:
+        # Another number of distinct finalists is another shape for the least of the programs, which decodes genomes.
+        assert all(session["programs"] <= 2 and session["kept"] > 10 for session in compiled(tmp_path / "three"))
 
 
 def test_the_collector_is_as_it_was_after_imports() -> None:
