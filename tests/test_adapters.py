@@ -23,10 +23,11 @@ from helpers.sampling import sample
 from helpers.searches import search_config, task_section
 from hostile import changing
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config, GptOssConfig
 
 import evojax_merge as em
-from evojax_merge.checkpoints.adapters import ADAPTER_FILE, AdapterWriter
+from evojax_merge.checkpoints.adapter_writer import AdapterWriter
+from evojax_merge.checkpoints.adapters import ADAPTER_FILE
 from evojax_merge.checkpoints.derived import open_model, reference_to, resolve_model
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.as_adapter import AdapterOptions, prepare_adapter, write_as_adapter
@@ -51,6 +52,8 @@ LORA: dict[str, dict[str, Any]] = {
     "an embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "a DoRA embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
     "saved modules": {"target_modules": ATTENTION, "modules_to_save": ["norm", "lm_head"]},
+    "rows of the embedding": {"trainable_token_indices": [3, 9, 7]},
+    "rows of embedding and head": {"trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [5]}},
 }
 
 
@@ -91,6 +94,42 @@ def test_an_adapter_is_merged_as_peft_merges_it(case: str, untied: Path, tmp_pat
     found, expected, base = read(f"{untied}+{folder}"), state(merged), state(untied)
     assert_same_tensors(found, expected, rtol=2e-6, atol=2e-7)
     assert any(not np.array_equal(found[name], base[name]) for name in base)
+
+
+EXPERTS = {
+    "all": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "half of them": ["experts.down_proj"],
+    "with the router": ["mlp.experts.gate_up_proj", "mlp.gate.weight"],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters"), sample([("qwen3_moe", "all"), ("mixtral", "with the router"), ("qwen3_moe", "half of them"),
+                                    ("gpt_oss", "all"), ("gpt_oss", "half of them")], 3)
+)  # fmt: skip
+def test_experts_that_are_one_parameter_are_adapted_as_by_peft(kind: str, parameters: str, tmp_path: Path) -> None:
+    """Whether a file holds experts one by one or together, as [in, out] or as [out, in]."""
+    if kind == "gpt_oss":
+        config = GptOssConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            head_dim=16, num_key_value_heads=2, max_position_embeddings=96, num_local_experts=3, num_experts_per_tok=2,
+        )  # fmt: skip
+    base = save(random_model(tiny_config(kind) if kind != "gpt_oss" else config), tmp_path / "base")
+    pattern = {"experts.gate_up_proj": 2} if parameters == "all" else {}
+    folder, merged = adapter(
+        base,
+        tmp_path / "lora",
+        target_parameters=EXPERTS[parameters],
+        rank_pattern=pattern,
+        use_rslora=kind == "mixtral",
+    )
+    found, expected, before = read(f"{base}+{folder}"), state(merged), state(base)
+    assert_same_tensors(found, expected, rtol=2e-6, atol=2e-7)
+    changed = [name for name in before if "experts" in name and (found[name] != before[name]).any()]
+    each = sum("experts" in name and "bias" not in name for name in before)
+    assert (
+        len(changed) == each * {"all": 6, "half of them": 2 + (kind == "gpt_oss"), "with the router": 4}[parameters] / 6
+    )
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -466,10 +505,16 @@ def tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> Non
     save_file(own, folder / ADAPTER_FILE)
 
 
+EMBEDDED = "base_model.model.model.embed_tokens"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 WRONG: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "another kind of adapter": (settings(peft_type="LOHA"), ("adapter_config.json", "peft_type", "LOHA", "LORA")),
-    "parameters": (settings(target_parameters=["experts.w1"]), ("target_parameters", "merge_and_unload")),
+    "parameters that are no names": (settings(target_parameters=[3]), ("target_parameters", "names")),
+    "rows that are no numbers": (settings(trainable_token_indices=["w5"]), ("trainable_token_indices", "numbers")),
+    "rows that the config does not name": (
+        tensors(lambda own: own.update({f"{EMBEDDED}.token_adapter.trainable_tokens_delta": np.zeros((2, 48), "f4")})),
+        (f"{EMBEDDED}.token_adapter", "[2, 48]", "expected [0, 48]", "trainable_token_indices"),
+    ),
     "a start that changes the base": (settings(init_lora_weights="pissa"), ("init_lora_weights", "pissa")),
     "a rank of nothing": (settings(r=0), ("r: 0", "whole number")),
     "an alpha that is no number": (settings(lora_alpha="much"), ("lora_alpha", "much", "number")),

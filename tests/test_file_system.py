@@ -63,7 +63,7 @@ WITHOUT_FILE_SYSTEM = {
         "backends/function/opening.py": ["save_tree"], "backends/function/backend.py": ["FunctionBackend.export"],
         "backends/torch/folders.py": ["save_merge", "OwnModules.save"],
         "backends/torch/generator.py": ["save_generator"], "backends/torch/pipelines.py": ["PipelineBackend.export"],
-        "checkpoints/adapters.py": ["AdapterWriter.__exit__"],
+        "checkpoints/adapter_writer.py": ["AdapterWriter.__exit__"],
         "checkpoints/derived.py": ["_link", "_as_folder.write", "_stand_in"],
         "checkpoints/generator_lora.py": ["write_fused", "_save"],
         "checkpoints/gguf_file.py": ["write_config", "write_tokenizer", "write_tensor_table"],

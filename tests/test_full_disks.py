@@ -20,7 +20,7 @@ from helpers.sampling import sample
 from helpers.searches import search_config, task_section
 
 from evojax_merge import core
-from evojax_merge.checkpoints.adapters import AdapterWriter
+from evojax_merge.checkpoints.adapter_writer import AdapterWriter
 from evojax_merge.checkpoints.gguf_writer import GgufOutput
 from evojax_merge.checkpoints.members import MembersInFiles
 from evojax_merge.checkpoints.writer import ShardWriter

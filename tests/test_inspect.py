@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_generators import make_ddpm
 from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig, ViTForImageClassification
 
-from evojax_merge.checkpoints.adapters import AdapterWriter
+from evojax_merge.checkpoints.adapter_writer import AdapterWriter
 from evojax_merge.inspection.weights import find_base
 from evojax_merge.report.inspection import distinct
 from evojax_merge.system.data_packages import cache_folder

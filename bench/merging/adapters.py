@@ -22,7 +22,7 @@ from merge_kernels import add_low_rank
 
 import evojax_merge as em
 from bench.shared.machine import describe
-from evojax_merge.checkpoints.adapters import AdapterWriter
+from evojax_merge.checkpoints.adapter_writer import AdapterWriter
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.models.architecture import COMPONENTS, EMBEDDING, LAYERS, architecture_of, tensors_of
 from evojax_merge.models.bank import Bank, LeafBank, MergeSpec, Recipe

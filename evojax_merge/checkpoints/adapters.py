@@ -1,33 +1,33 @@
 """LoRA adapters in PEFT's format: a base's tensors with an adapter's, expanded one by one while they are read.
 
 An adapter folder holds adapter_config.json and adapter_model.safetensors. Each adapted weight `W [out, in]` has two
-factors, `A [r, in]` and `B [out, r]`; the merged weight is `W + scale · B A` with `scale = alpha / r`, or
-`alpha / sqrt(r)` where the adapter says use_rslora (Hu et al. 2022, arXiv:2106.09685; Kalajdzievski 2023,
-arXiv:2312.03732). DoRA adds a magnitude `m [out]`: the merged weight is `m · (W + scale · B A) / ‖W + scale · B A‖` per
-row (Liu et al. 2024, arXiv:2402.09353). Values are rounded as PEFT's merge_and_unload rounds them: computed in float32,
-and cast to the base's dtype once.
+factors, `A [r, in]` and `B [out, r]`; the merged weight is `W + scale · B A` with `scale = alpha / r`, or `alpha /
+sqrt(r)` where the adapter says use_rslora (Hu et al. 2022, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732).
+DoRA adds a magnitude `m [out]`: the merged weight is `m · (W + scale · B A) / ‖W + scale · B A‖` per row (Liu et al.
+2024, arXiv:2402.09353). A parameter of E experts, which `target_parameters` names, has one pair of factors `A [E · r,
+in]` and `B [out, r · E]`: expert e's are rows `e · r` to `(e + 1) · r` and columns `e`, `e + E`, …. Rows of an
+embedding may have been trained by themselves (`trainable_token_indices`). Values are rounded as PEFT's merge_and_unload
+rounds them: computed in float32, and cast to the base's dtype once.
 """
 
-import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from merge_kernels import add_low_rank
 
-from evojax_merge.checkpoints.decoder_folder import decoder_of
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder, TensorSlice, decoder_of
 from evojax_merge.checkpoints.folder import ChangedTensor, Folder, Tensor, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.checkpoints.writer import GrowingFile
 from evojax_merge.errors import InputError, nearest, shown
-from evojax_merge.models.architecture import EMBEDDING, HEAD, known_architecture
+from evojax_merge.models.architecture import EMBEDDING, HEAD, Architecture, Leaf, known_architecture
 from evojax_merge.models.config_keys import FINITE, TEXTS, Expected, whole
 from evojax_merge.schema.patterns import pattern_matches
 
@@ -40,12 +40,15 @@ PREFIX = "base_model.model."
 # A module's name, and the part of its adapter that the tensor is.
 PART = re.compile(
     r"(?P<module>.+)\.(?:(?P<linear>lora_[AB])\.weight|(?P<embedding>lora_embedding_[AB])|"
-    r"(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
+    r"(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|token_adapter\.(?P<rows>trainable_tokens_delta))"
 )
+ROWS = "trainable_tokens_delta"
+# PEFT wraps a module once for each of its adapted parameters, the first one innermost.
+WRAPPED = ".base_layer"
 # Keys of adapter_config.json that change an adapter's meaning in ways that a low-rank sum cannot express.
 REFUSED_KEYS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
-    "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+    "use_bdlora", "use_qalora",
 )  # fmt: skip
 # Initialisations that leave the base as it is; all others change it when the adapter is made.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -55,6 +58,11 @@ BASE = Expected(lambda value: value is None or isinstance(value, str), "a folder
 NAMES = replace(TEXTS, words="a list of modules' names")
 PATTERNS = Expected(lambda value: isinstance(value, dict), "a mapping from modules' names")
 RANK = whole(1, 2**16)
+TOKENS = "trainable_token_indices"
+INDICES = Expected(
+    lambda value: isinstance(value, list) and all(type(index) is int and index >= 0 for index in value),
+    "a list of tokens' numbers",
+)
 SWITCH = Expected(lambda value: value is None or isinstance(value, bool), "true or false")
 # The keys that switch something on, by the field of `AdapterConfig`.
 SWITCHES = {
@@ -68,9 +76,11 @@ class AdapterConfig:
     """The settings of a LoRA adapter, from its adapter_config.json.
 
     base: the model that the adapter was trained on, by the name that its author used. ranks, alphas: by pattern of
-    module names, for modules with other values than `rank` and `alpha`. targets: the adapted modules, by names, ends of
-    names, or one regular expression. ties_weights: the adapter ties its embedding and head where the base does.
-    is_dora: every adapted weight has a magnitude.
+    module names, for modules with other values than `rank` and `alpha`. targets: the adapted modules, by names,
+    ends of names, or one regular expression. parameters: the adapted parameters of modules, by names or ends of
+    names. rows: by name of an embedding or head, the numbers of the rows that were trained; of the name None: of
+    any. ties_weights: the adapter ties its embedding and head where the base does. is_dora: every adapted weight
+    has a magnitude.
     """
 
     path: Path
@@ -80,6 +90,8 @@ class AdapterConfig:
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     targets: tuple[str, ...] | str
+    parameters: tuple[str, ...]
+    rows: Mapping[str | None, tuple[int, ...]]
     saved_modules: tuple[str, ...]
     rank_stabilised: bool
     fan_in_fan_out: bool
@@ -100,7 +112,11 @@ class AdapterConfig:
         if isinstance(self.targets, str):
             where = f"{self.path}: target_modules"
             return self.targets == "all-linear" or pattern_matches(where, self.targets, module, "fullmatch")
-        return any(module == target or module.endswith(f".{target}") for target in self.targets)
+        return _ends_with(module, self.targets)
+
+    def adapts_parameter(self, name: str) -> bool:
+        """Return whether PEFT would give a parameter of this name an adapter."""
+        return _ends_with(name, self.parameters)
 
     def saves(self, name: str) -> bool:
         """Return whether a tensor belongs to a module that was trained as a whole."""
@@ -113,6 +129,11 @@ class AdapterConfig:
             value for text, value in values.items() if pattern_matches(where, rf"(.*\.)?({text})$", module, "match")
         )
         return next(fitting, default)
+
+
+def _ends_with(name: str, ends: Collection[str]) -> bool:
+    """Return whether a module's or parameter's name is one of `ends`, or ends with one, in whole parts."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def is_adapter(path: Path) -> bool:
@@ -149,6 +170,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     targets = raw.get(TARGETS) or []
     if not isinstance(targets, str):
         targets = tuple(NAMES.check(path, TARGETS, targets))
+    rows = raw.get(TOKENS) or {}
+    if not isinstance(rows, dict):
+        rows = {None: rows}
     return AdapterConfig(
         path=path,
         base=base or None,
@@ -157,6 +181,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         ranks=by_pattern("rank_pattern", RANK),
         alphas={name: float(value) for name, value in by_pattern("alpha_pattern", FINITE).items()},
         targets=targets,
+        parameters=tuple(NAMES.check(path, "target_parameters", raw.get("target_parameters") or [])),
+        rows={name: tuple(INDICES.check(path, TOKENS, numbers)) for name, numbers in rows.items()},
         saved_modules=tuple(NAMES.check(path, "modules_to_save", raw.get("modules_to_save") or [])),
         **{field: bool(SWITCH.check(path, key, raw.get(key))) for field, key in SWITCHES.items()},
     )
@@ -229,6 +255,64 @@ class DoraTensor(ChangedTensor):
         return (np.expand_dims(_float32(self.magnitude).reshape(-1), axis) / norms * unrounded).astype(self.dtype)
 
 
+@dataclass(frozen=True)
+class ExpertColumns(TensorSlice):
+    """The columns of one expert, which lie apart, of all experts' factors `B [out, r · E]`."""
+
+    def load(self) -> np.ndarray:
+        return np.ascontiguousarray(self.read())
+
+
+@dataclass(frozen=True)
+class AdaptedExperts(ChangedTensor):
+    """The experts of a layer, in one tensor `[E, in, out]` or, `outputs_first`, `[E, out, in]`, each with an adapter of
+    its own."""
+
+    base: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+    outputs_first: bool
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.base, self.a, self.b
+
+    def read(self) -> np.ndarray:
+        experts = self.shape[0]
+        a = _float32(self.a).reshape(experts, -1, self.a.shape[-1])
+        b = _float32(self.b).reshape(self.b.shape[0], -1, experts) * np.float32(self.scale)
+        b = b.transpose(2, 0, 1)
+        added = b @ a if self.outputs_first else (b @ a).swapaxes(1, 2)
+        return (self.base.load().astype(np.float32) + added).astype(self.dtype)
+
+    def content(self) -> Iterator[np.ndarray]:
+        yield from super().content()
+        yield np.frombuffer(np.float64(self.scale).tobytes(), np.uint8)
+
+
+@dataclass(frozen=True)
+class TrainedRows(ChangedTensor):
+    """An embedding or head `[n, hidden]` of which the rows `numbers` are those of `rows [len(numbers), hidden]`."""
+
+    base: Tensor
+    rows: Tensor
+    numbers: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.base, self.rows
+
+    def read(self) -> np.ndarray:
+        values = np.array(self.base.load())
+        values[list(self.numbers)] = self.rows.load()
+        return values
+
+    def content(self) -> Iterator[np.ndarray]:
+        yield from super().content()
+        yield np.array(self.numbers, np.int64).view(np.uint8)
+
+
 _expand = jax.jit(add_low_rank)
 
 
@@ -255,6 +339,11 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
     decoder = decoder_of(base)
     architecture, head = decoder.architecture, decoder.names.own_head
     names = {decoder.in_memory(name): decoder.names.in_file(name) for name in decoder.entries}
+    parameters = [] if architecture is None else [*_parameters(decoder, architecture)]
+    names |= {
+        parameter.name: decoder.names.in_file(parameter.leaves[0].tensor_of(parameter.layer))
+        for parameter in parameters if len(parameter.leaves[0].shape) == 2
+    }  # fmt: skip
     # A packed tensor, such as that of all experts, is replaced by its parts: an adapter's modules are as small as the
     # parts.
     parts_in_file = {decoder.names.in_file(name): tensor for name, tensor in decoder.entries.items()}
@@ -277,7 +366,8 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
         inner = key.removeprefix(PREFIX)
         part = PART.fullmatch(inner)
         if part is not None:
-            module, kind_of_part = part["module"], part["linear"] or part["embedding"] or part["magnitude"]
+            module = part["module"]
+            kind_of_part = part["linear"] or part["embedding"] or part["magnitude"] or part["rows"]
             if kind_of_part in modules.setdefault(module, {}):
                 raise InputError(tensor.file, f"holds {PREFIX}{module}.{kind_of_part} twice, also as {key}")
             modules[module][kind_of_part] = tensor
@@ -299,12 +389,19 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
             if not is_copy or not np.array_equal(tensor.load(), wrapped.load()):
                 replaced[name] = tensor
     entries = {**base.entries, **replaced}
+    experts = _wrapped_modules(config, parameters)
     for module, parts in modules.items():
+        if module in experts:
+            entries |= _adapted_experts(config, experts[module], decoder, entries, parts)
+            continue
         name = _find(base, names, next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
         # A known module's class decides, as in PEFT, whether its weight is stored as `[in, out]`.
         leaf = None if architecture is None else architecture.leaf_of(decoder.names.of_architecture(name))
         transposed = config.fan_in_fan_out if architecture is None else leaf is not None and leaf.transposed
-        entries[name] = _adapted(config, module, name, entries[name], parts, transposed)
+        if ROWS in parts:
+            entries[name] = _with_rows(config, module, name, entries[name], parts.pop(ROWS))
+        if parts:
+            entries[name] = _adapted(config, module, name, entries[name], parts, transposed)
     return kind(path, entries)
 
 
@@ -361,6 +458,100 @@ def _check_saved(base: Folder, config: AdapterConfig, name: str, tensor: Tensor,
         )  # fmt: skip
 
 
+def _with_rows(config: AdapterConfig, module: str, name: str, base: Tensor, rows: Tensor) -> Tensor:
+    """An embedding or head with rows that were trained by themselves. Raises InputError where they do not fit."""
+    numbers = next((rows for end, rows in config.rows.items() if end is None or _ends_with(module, [end])), ())
+    expected = (len(numbers), *base.shape[1:])
+    if rows.shape != expected or not all(number < base.shape[0] for number in numbers):
+        raise InputError(
+            rows.file, f"{PREFIX}{module}.token_adapter.{ROWS} has shape {list(rows.shape)}; expected "
+            f"{list(expected)}: {config.path.name} names {len(numbers)} rows in {TOKENS}, and the base's {name} has "
+            f"{base.shape[0]:,}",
+        )  # fmt: skip
+    return TrainedRows(base, rows, numbers)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter of a layer that transformers has in memory by another name or in another form than files do: its name
+    there, and the leaves that it holds one above the other."""
+
+    name: str
+    layer: int
+    leaves: tuple[Leaf, ...]
+
+
+def _parameters(decoder: DecoderFolder, architecture: Architecture) -> Iterator[_Parameter]:
+    """Those of all layers: routers, and the experts of a layer, which are one parameter whatever the file holds."""
+    tensors: dict[str, tuple[str, ...]] = {
+        leaf.tensor: (leaf.name,) for leaf in architecture.leaves if leaf.shape[0] == "experts"
+    }
+    tensors |= architecture.packed
+    depth = decoder.config.get("num_hidden_layers") if tensors else 0
+    # A layer has a tensor at least, whatever the config says.
+    for layer in range(min(depth, len(decoder.entries)) if isinstance(depth, int) else 0):
+        for tensor, held in tensors.items():
+            leaves = tuple(leaf for leaf in architecture.leaves if leaf.name in held)
+            yield _Parameter(decoder.in_memory(tensor.replace("{layer}", str(layer))), layer, leaves)
+
+
+def _wrapped_modules(config: AdapterConfig, parameters: Sequence[_Parameter]) -> dict[str, _Parameter]:
+    """The parameters of experts that have an adapter, by the name of the wrapped module."""
+    modules: dict[str, list[_Parameter]] = {}
+    for parameter in parameters:
+        if len(parameter.leaves[0].shape) == 3 and config.adapts_parameter(parameter.name):
+            modules.setdefault(parameter.name.rpartition(".")[0], []).append(parameter)
+    return {
+        module + WRAPPED * depth: parameter
+        for module, each in modules.items()
+        for depth, parameter in enumerate(reversed(each))
+    }
+
+
+def _adapted_experts(
+    config: AdapterConfig, parameter: _Parameter, decoder: DecoderFolder, entries: Mapping[str, Tensor],
+    parts: Mapping[str, Tensor],
+) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of a layer's experts with their adapters, by name in the file. Raises InputError where the adapter's
+    parts do not fit each other or the tensors."""
+    file, rank, scale = next(iter(parts.values())).file, config.rank_of(parameter.name), config.scale(parameter.name)
+    if parts.keys() != {"lora_A", "lora_B"}:
+        raise InputError(file, f"{PREFIX}{parameter.name}: has {', '.join(sorted(parts))}; expected lora_A and lora_B")
+    a, b, first = parts["lora_A"], parts["lora_B"], parameter.leaves[0]
+    numbers = range(a.shape[0] + 1) if first.has_experts else range(1)
+    names = [
+        list(takewhile(entries.__contains__, (
+            decoder.names.in_file(leaf.tensor_of(parameter.layer, number)) for number in numbers
+        )))
+        for leaf in parameter.leaves
+    ]  # fmt: skip
+    if not all(names):
+        raise InputError(file, f"{PREFIX}{parameter.name}: the base {decoder.path} has no experts in that layer")
+    shapes = [entries[each[0]].shape for each in names]
+    experts = len(names[0]) if first.has_experts else shapes[0][0]
+    outputs_first = first.has_experts or (first.shape[-1] == "hidden") != first.writes_residual
+    *_, outputs, inputs = shapes[0] if outputs_first else (*shapes[0][:-2], *shapes[0][:-3:-1])
+    expected = (experts * rank, inputs), (outputs * len(shapes), experts * rank)
+    if (a.shape, b.shape) != expected:
+        raise InputError(
+            file, f"{PREFIX}{parameter.name}: lora_A and lora_B have shapes {list(a.shape)} and {list(b.shape)}; "
+            f"expected {list(expected[0])} and {list(expected[1])}: the base has {experts} experts, and the rank is "
+            f"{rank}",
+        )  # fmt: skip
+    if not first.has_experts:
+        return {names[0][0]: AdaptedExperts(entries[names[0][0]], a, b, scale, outputs_first)}
+    return {
+        name: AdaptedTensor(
+            entries[name],
+            TensorSlice(a, (slice(expert * rank, (expert + 1) * rank),)),
+            ExpertColumns(b, (slice(i * outputs, (i + 1) * outputs), slice(expert, None, experts))),
+            scale,
+        )
+        for i, each in enumerate(names)
+        for expert, name in enumerate(each)
+    }
+
+
 def _adapted(
     config: AdapterConfig, module: str, name: str, base: Tensor, parts: Mapping[str, Tensor], is_transposed: bool
 ) -> Tensor:
@@ -377,7 +568,8 @@ def _adapted(
     missing = [part for part in (a_name, b_name) if part not in parts]
     if missing:
         raise InputError(file, f"{PREFIX}{module}: has no {missing[0]}; expected {a_name} and {b_name}")
-    if config.targets and not config.adapts(module):
+    is_named = config.adapts(module) or config.adapts_parameter(f"{module}.weight")
+    if config.targets and not is_named:
         raise InputError(
             config.path, f"target_modules: do not name {module}, of which {file.name} holds an adapter; peft would "
             "leave it out",
@@ -404,74 +596,3 @@ def _adapted(
             f"{str(config.is_dora).lower()}; expected one for each adapted weight of DoRA, and no other",
         )  # fmt: skip
     return adapted if magnitude is None else DoraTensor(adapted, magnitude)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-class AdapterWriter:
-    """Writes an adapter as PEFT does, with a scale of 1, tensor by tensor; the names are transformers'.
-
-    base: the reference to the adapter's base model. embeddings: the names of the weights in which tokens and positions
-    look up rows; fan_in_fan_out: whether the base stores the weights of linear modules as `[in, out]`; tied: the names
-    of an embedding that is saved whole, and of the head that it stays; most: more tensors are not written, nor longer
-    names.
-    """
-
-    def __init__(
-        self, folder: Path, base: str, embeddings: Collection[str] = (), fan_in_fan_out: bool = False,
-        tied: tuple[str, str] | None = None, most: tuple[int, int] = (1024, 256),
-    ) -> None:  # fmt: skip
-        self._folder, self._embeddings = folder, embeddings
-        self._config: dict[str, Any] = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-            "lora_dropout": 0.0, "fan_in_fan_out": fan_in_fan_out,
-        }  # fmt: skip
-        self._config |= {} if tied is None else {"ensure_weight_tying": True}
-        self._tied = tied
-        self._file = GrowingFile(folder / ADAPTER_FILE, 2 * most[0], len(PREFIX) + most[1] + len("lora_embedding_A"))
-        self._ranks: dict[str, int] = {}
-        self._saved: set[str] = set()
-        self._biased = False
-
-    def __enter__(self) -> "AdapterWriter":
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.__exit__(kind, value, trace)
-        if kind is not None:
-            return
-        rank = max(self._ranks.values(), default=1)
-        # The alpha of a module is its rank.
-        others = {module: other for module, other in sorted(self._ranks.items()) if other != rank}
-        config = self._config | {
-            "r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others,
-            "bias": "all" if self._biased else "none", "target_modules": sorted(self._ranks),
-            "modules_to_save": sorted(self._saved) or None,
-        }  # fmt: skip
-        (self._folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    def add_factors(self, name: str, a: np.ndarray, b: np.ndarray) -> None:
-        """Write the factors `A [rank, in]` and `B [out, rank]` of a weight's difference."""
-        module = name.removesuffix(".weight")
-        self._ranks[module] = len(a)
-        # PEFT stores the factors of an embedding's weight [rows, hidden] transposed.
-        embedded = {"lora_embedding_A": b.T, "lora_embedding_B": a.T}
-        parts = embedded if name in self._embeddings else {"lora_A.weight": a, "lora_B.weight": b}
-        for part, values in parts.items():
-            self._file.write(f"{PREFIX}{module}.{part}", values)
-
-    def add_whole(self, name: str, values: np.ndarray) -> None:
-        """Write a tensor that replaces the base's. A bias comes after the factors of its module: PEFT then loads it
-        into the module that it wraps. (Its `lora_bias` refuses embeddings, and cannot be merged into a model of which
-        an adapted module has no bias.)"""
-        module, _, kind = name.rpartition(".")
-        if kind == "bias" and module in self._ranks:
-            self._biased, name = True, f"{module}.base_layer.bias"
-        else:
-            self._saved.add(module)
-        # Where weights are tied, PEFT wants them twice, though it saves one module.
-        for written in self._tied if self._tied is not None and name == self._tied[0] else (name,):
-            self._file.write(f"{PREFIX}{written}", values)

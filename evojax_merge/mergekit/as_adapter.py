@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evojax_merge.checkpoints.adapters import AdapterWriter
+from evojax_merge.checkpoints.adapter_writer import AdapterWriter
 from evojax_merge.checkpoints.decoder_folder import LM_HEAD
 from evojax_merge.checkpoints.derived import reference_to
 from evojax_merge.checkpoints.folder import is_float

@@ -14,7 +14,7 @@ from evojax_merge.backends.decoder.kinds.kind import Candidates
 from evojax_merge.backends.decoder.placements import DEVICE
 from evojax_merge.backends.decoder.planner import DecoderPlanner
 from evojax_merge.backends.decoder.vision import Vision
-from evojax_merge.checkpoints.adapters import AdapterWriter
+from evojax_merge.checkpoints.adapter_writer import AdapterWriter
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.derived import input_files, reference_to

@@ -213,5 +213,5 @@ GRANITE_HYBRID = llama_like.llama_like(
     layer_types={
         FULL: LayerType(attention_block, (LAYERS, FULL)), MAMBA: LayerType(mamba_block, (LAYERS, MAMBA), RECURRENCE),
     },
-    filters={}, no_adapter="PEFT has no adapters for its experts and convolutions",
+    filters={}, no_adapter="PEFT has no adapters for its convolutions",
 )  # fmt: skip
