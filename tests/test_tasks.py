@@ -1,6 +1,7 @@
 """Tasks: from a file of examples to tokens in batches, and from outputs to scores."""
 
 import csv
+import gzip
 import json
 import re
 from collections import Counter
@@ -175,8 +176,16 @@ def test_records_are_the_same_in_every_format(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, ["prompt", "target"])
         writer.writeheader()
         writer.writerows(RECORDS)
+    for name in ("lines.jsonl", "table.csv"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    for name, delimiter in (("table.tsv", "\t"), ("semicolons.csv", ";")):
+        with (tmp_path / name).open("w", newline="") as file:
+            rows = csv.writer(file, delimiter=delimiter)
+            rows.writerows([["prompt", "target"], *(record.values() for record in RECORDS)])
     places = {
-        "lines.jsonl": [":1", ":2"], "lines.json": [":1", ":2"], "list.json": ["[0]", "[1]"],
+        "lines.jsonl.gz": [":1", ":2"], "table.csv.gz": [":2", ":4"], "table.tsv": [":2", ":4"],
+        "semicolons.csv": [":2", ":4"], "lines.jsonl": [":1", ":2"], "lines.json": [":1", ":2"],
+        "list.json": ["[0]", "[1]"],
         "table.parquet": [", row 0", ", row 1"], "table.csv": [":2", ":4"],
     }  # fmt: skip
     for name, expected in places.items():

