@@ -174,6 +174,10 @@ ASKED, GOOD = {"role": "user", "content": "w5"}, {"role": "assistant", "content"
             [{"prompt": "w5", "rejected": [ASKED, BAD], "chosen": [ASKED, GOOD]}],
             "likelihood", {"target": "{chosen[1][content]}"},
         ),
+        (
+            [{"prompt": [GOOD, ASKED], "rejected": [BAD], "chosen": [GOOD]}],
+            "likelihood", {"prompt": "{prompt[0][content]}\n{prompt[1][content]}\n", "target": "{chosen[0][content]}"},
+        ),
         ([{"instruction": "w5", "output": "w6"}, {"instruction": "w5", "input": "w7", "output": "w6"}],
          "likelihood", {"prompt": "{instruction}\n{input}"}),
         ([{"instruction": "w5", "input": "", "output": "w6"}], "likelihood", {"prompt": "{instruction}"}),
@@ -200,7 +204,11 @@ def test_the_kind_of_task_goes_by_several_records(
     [
         (
             [{"prompt": "w5", "completion": "w6", "label": True}, {"prompt": "w5", "completion": "w9", "label": False}],
-            "data.jsonl:2: label: false says that the answer is a bad one, as in 5 of 10 records; write those with",
+            "data.jsonl:2: label: false says that the answer is a bad one, as in 5 of 10 records; write the others",
+        ),
+        (
+            [{"prompt": "w5", "completion": "w6", "label": 1}, {"prompt": "w5", "completion": "w9", "label": 0}],
+            "data.jsonl:2: label: 0 says that the answer is a bad one",
         ),
         (
             [{"question": "w5", "answer": "12"}] * 2 + [{"question": "w5", "answer": "w6"}],
@@ -368,6 +376,25 @@ def test_sharegpts_conversations_are_read_by_messages(init: Init) -> None:
     models = with_templates(base=TEMPLATE, one=TEMPLATE, two=TEMPLATE)
     assert init(*models, "--data", records({"conversations": talk})) == 0
     assert document()["tasks"][0]["messages"] == "conversations"
+
+
+def test_a_prompt_and_its_answer_may_each_be_turns(init: Init) -> None:
+    """As TRL has them for preferences and for prompts with completions."""
+    models = with_templates(base=TEMPLATE, one=TEMPLATE, two=TEMPLATE)
+    data = records({"prompt": [SYSTEM, USER], "chosen": [REPLY], "rejected": [BAD]})
+    assert init(*models, "--data", data) == 0
+    (task,) = document()["tasks"]
+    assert task["messages"] == ["prompt", "chosen"]
+    path = Path("search.yaml").absolute()
+    (opened,) = build_problem(path, read_config(path, [], None)).splits.search
+    whole = write_lines(Path("whole.jsonl"), [{"talk": [SYSTEM, USER, REPLY]}] * 10)
+    (other,) = build_problem(
+        path, read_config(path, ["tasks.0.messages=talk", f"tasks.0.file={whole}"], None)
+    ).splits.search
+    assert [(example.turns, example.answer) for example in opened.examples] == [  # type: ignore[attr-defined]
+        (example.turns, example.answer)
+        for example in other.examples  # type: ignore[attr-defined]
+    ]
 
 
 @pytest.mark.parametrize("field", ["question", "prompt"])
@@ -794,7 +821,7 @@ def test_names_that_yaml_would_read_as_something_else(init: Init, tmp_path: Path
 
 
 def test_a_task_of_the_harness_is_searched_on_its_training_examples() -> None:
-    from evojax_merge.inspection.first_config import ModelTemplates, task_of_harness
+    from evojax_merge.inspection.first_task import ModelTemplates, task_of_harness
 
     sections = {
         name: {key: value for key, value, _ in task_of_harness(name, ModelTemplates()).lines}

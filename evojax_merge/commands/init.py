@@ -28,21 +28,23 @@ from evojax_merge.config.search_config import SpaceConfig, TaskFile
 from evojax_merge.errors import InputError, print_warning, shown
 from evojax_merge.inspection.findings import ADDING_UP, Advice, advise, findings
 from evojax_merge.inspection.first_config import (
-    CHOICE,
-    CONTEXTS,
     HEAD,
-    LONGEST_ANSWER,
-    Fields,
     FirstConfig,
-    Line,
-    ModelTemplates,
-    TaskSection,
     calibration_of,
-    examples_of,
     fitting_space,
     rule_of_space,
     searched_parameters,
     spaces,
+)
+from evojax_merge.inspection.first_task import (
+    CHOICE,
+    CONTEXTS,
+    LONGEST_ANSWER,
+    Fields,
+    Line,
+    ModelTemplates,
+    TaskSection,
+    examples_of,
     task_for_records,
     task_of_harness,
     task_of_network,

@@ -39,6 +39,10 @@ SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "model", "chatgpt", "
 CHAT_KEYS = ("messages", "system_instruction", "fewshot_as_multiturn", "chat_template_kwargs")
 
 TemplateName = Annotated[bool | Name, Form("true, false, or the name of a chat template")]
+FieldsOfTurns = Annotated[
+    Name | Annotated[list[Name], Field(min_length=1, max_length=10)],
+    Form("the name of a field, or a list of names", "a field, or fields"),
+]
 
 
 class PromptConfig(TaskConfig):
@@ -65,9 +69,10 @@ class PromptConfig(TaskConfig):
         False, description="true: prompts go through the models' chat template; or the name of one of its templates"
     )
     system_instruction: Text | None = Field(None, description="the first turn of a chat")
-    messages: Name | None = Field(
+    messages: FieldsOfTurns | None = Field(
         None,
-        description="in place of prompt: the field of a chat's turns, [{role, content}, …] or [{from, value}, …]",
+        description="in place of prompt: the field of a chat's turns, [{role, content}, …] or [{from, value}, …]; or a "
+        "list of fields, whose turns follow each other",
     )
     assistant_prefix: Text = Field("", description="a text that begins the answer")
     num_fewshot: Whole = Field(0, ge=0, le=10_000, description="how many examples are shown with their answers")
@@ -80,6 +85,11 @@ class PromptConfig(TaskConfig):
     chat_template_kwargs: dict[Name, Any] = Field(
         {}, max_length=100, description="variables of the chat template, such as enable_thinking"
     )
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The fields of a chat's turns; none where there is a prompt."""
+        return (self.messages,) if isinstance(self.messages, str) else tuple(self.messages or ())
 
     @property
     def takes_json(self) -> bool:

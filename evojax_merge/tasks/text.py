@@ -415,13 +415,14 @@ def _example(
     template = config.target if has_target else NO_TARGET
     choice_fields = (config.choices, config.answer) if isinstance(config, TextConfig) else ()
     images = read_images(record, folder, {*named_fields(config.prompt), *named_fields(template), *choice_fields})
-    turns: list[Turn] = []
-    if config.messages is None:
+    turns, of_turns = list[Turn](), " + ".join(config.turns)
+    if not of_turns:
         prompt = fill_prompt(where, f"{section}.prompt", config.prompt, record.fields, fields)
         before = "" if is_chat else prompt
     else:
         prompt = before = ""
-        turns = read_turns(where, f"{section}.messages", config.messages, record.fields)
+        for name in config.turns:
+            turns += read_turns(where, f"{section}.messages", name, record.fields)
     place = (record.line, "" if record.line else where)
     answered = bool(turns) and turns[-1]["role"] == "assistant"
 
@@ -436,13 +437,13 @@ def _example(
             *turns, last = turns
             target = last["content"]
             if template not in ("{target}", NO_TARGET):
-                what = f"{config.messages}: ends with the assistant's turn, which would be the target"
+                what = f"{of_turns}: ends with the assistant's turn, which would be the target"
                 raise InputError(where, f"{what}; leave {section}.target out, or the turn")
             if not turns:
-                raise InputError(where, f"{config.messages}: holds the assistant's turn alone; expected the user's")
+                raise InputError(where, f"{of_turns}: holds the assistant's turn alone; expected the user's")
         else:
             if turns and template == "{target}" and "target" not in record.fields:
-                what = f"{config.messages}: ends with a turn of the role {brief(turns[-1]['role'])}"
+                what = f"{of_turns}: ends with a turn of the role {brief(turns[-1]['role'])}"
                 raise InputError(where, f"{what}; expected the assistant's, which is scored, or {section}.target")
             key, path = f"{section}.target", only_field(template)
             value = look_up(where, key, path, record.fields) if config.takes_json and path is not None else ""
@@ -455,7 +456,7 @@ def _example(
             raise InputError(where, "target: is empty")
         return Example(prompt, (answer_text(target),), target, *place, turns=tuple(turns), images=images)
     if answered:
-        what = f"{config.messages}: ends with the assistant's turn; expected the user's, which the choices answer"
+        what = f"{of_turns}: ends with the assistant's turn; expected the user's, which the choices answer"
         raise InputError(where, what)
     assert isinstance(config, TextConfig)
     listed = look_up(where, f"{section}.choices", (config.choices,), record.fields)
