@@ -62,9 +62,8 @@ def write_config(root: Path, **changes: Any) -> Path:
     for record in records:
         record["prompt"] = HEADER + record["prompt"]
     write_lines(root / "tasks.jsonl", records)
-    method, parameters = METHODS[0]
     document = search_config(
-        space={"method": method, "parameters": parameters}, tasks=[CHOICE, TEXT, WORDS],
+        space={"method": "task_arithmetic", "parameters": {"weight": {"high": 1.5}}}, tasks=[CHOICE, TEXT, WORDS],
         search={"strategy": "cma_es"}, seed=3,
     )  # fmt: skip
     return write_yaml(root / "config.yaml", document | changes)
