@@ -39,9 +39,9 @@ from evojax_merge.steps.selection import open_evaluator
 PLACES = ("device", "host", "disk")
 # Methods whose numbers are of rows, of entries, of tensors, or none; and whether they have a base.
 METHODS: list[tuple[str, dict[str, Any]]] = [
-    ("dare_ties", {"weight": {"high": 1.5}, "density": {"low": 0.1}}),
     ("della", {"weight": {"high": 1.5}, "density": {"low": 0.3, "high": 0.8}}),
     ("linear", {"weight": {"high": 1.5}}),
+    ("dare_ties", {"weight": {"high": 1.5}, "density": {"low": 0.1}}),
     ("slerp", {"t": {}}),
 ]
 HEADER = "w5 w6 w7 w8 " * 10
