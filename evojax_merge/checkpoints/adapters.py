@@ -525,13 +525,14 @@ def _adapted_experts(
         )))
         for leaf in parameter.leaves
     ]  # fmt: skip
-    if not all(names):
-        raise InputError(file, f"{PREFIX}{parameter.name}: the base {decoder.path} has no experts in that layer")
-    shapes = [entries[each[0]].shape for each in names]
-    experts = len(names[0]) if first.has_experts else shapes[0][0]
+    shapes = {entries[name].shape for each in names for name in each}
+    if not all(names) or {*map(len, shapes)} != {len(first.shape) - first.has_experts} or len(shapes) > 1:
+        raise InputError(file, f"{PREFIX}{parameter.name}: the base {decoder.path} has no such experts in that layer")
+    (shape,) = shapes
+    experts = len(names[0]) if first.has_experts else shape[0]
     outputs_first = first.has_experts or (first.shape[-1] == "hidden") != first.writes_residual
-    *_, outputs, inputs = shapes[0] if outputs_first else (*shapes[0][:-2], *shapes[0][:-3:-1])
-    expected = (experts * rank, inputs), (outputs * len(shapes), experts * rank)
+    outputs, inputs = shape[-2:] if outputs_first else reversed(shape[-2:])
+    expected = (experts * rank, inputs), (outputs * len(names), experts * rank)
     if (a.shape, b.shape) != expected:
         raise InputError(
             file, f"{PREFIX}{parameter.name}: lora_A and lora_B have shapes {list(a.shape)} and {list(b.shape)}; "
