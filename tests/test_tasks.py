@@ -236,9 +236,13 @@ def test_multiple_choice_answers_by_number_or_text(answer: int | str, tmp_path: 
 
 
 @pytest.mark.parametrize("labels", [["A", "B", "C"], ["1", "2", "3"]])
-def test_multiple_choice_answers_by_the_labels_of_its_choices(labels: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_mapping", [False, True])
+def test_multiple_choice_answers_by_the_labels_of_its_choices(
+    labels: list[str], is_mapping: bool, tmp_path: Path
+) -> None:
     """As in ARC, OpenBookQA and CommonsenseQA."""
-    choices = {"text": ["red", "blue", "green"], "label": labels}
+    texts = ["red", "blue", "green"]
+    choices = dict(zip(labels, texts, strict=True)) | {"E": None} if is_mapping else {"text": texts, "label": labels}
     path = write_lines(tmp_path / "task.jsonl", [{"prompt": "grass is", "choices": choices, "answerKey": labels[2]}])
     (example,) = examples_in(path, "multiple_choice", answer="answerKey")
     assert (example.targets, example.answer) == ((" red", " blue", " green"), 2)

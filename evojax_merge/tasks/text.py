@@ -475,10 +475,15 @@ def _example(
 
 
 def listed_choices(where: str, name: str, value: Any) -> tuple[list[str], list[str]]:
-    """The texts of a record's choices, and their labels in ARC's form: `{"text": […], "label": […]}`."""
+    """The texts of a record's choices, and their labels in ARC's form, `{"text": […], "label": […]}`, or in that of
+    `{"A": …, "B": …}`."""
     texts, labels = value, []
     if isinstance(value, Mapping) and isinstance(value.get("label"), list):
         texts, labels = value.get("text"), [str(label) for label in value["label"]]
+    elif isinstance(value, Mapping):
+        # Parquet has null where a record lacks a label that others have.
+        by_label = {str(label): text for label, text in value.items() if text is not None}
+        texts, labels = list(by_label.values()), list(by_label)
     if not (isinstance(texts, list) and len(texts) >= 2 and all(isinstance(text, str) and text for text in texts)):
         raise InputError(where, f"{name}: expected a list of two or more texts, found {brief(value)}")
     if labels and not len(texts) == len(labels) == len(set(labels)):
