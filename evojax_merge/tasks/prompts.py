@@ -58,7 +58,7 @@ class PromptConfig(TaskConfig):
 
     kind: str = Field(description="the kind of task")
     file: Location = Field(
-        description="JSON lines, .json, .csv, .tsv (these also as .gz) or .parquet, zoo:search.jsonl and its like, or "
+        description="JSON lines, .json, .csv, .tsv (also .gz) or .parquet, zoo:search.jsonl …, or "
         "hub:owner/dataset:split"
     )
     images: Location | None = Field(None, description=IMAGES)
@@ -71,8 +71,7 @@ class PromptConfig(TaskConfig):
     system_instruction: Text | None = Field(None, description="the first turn of a chat")
     messages: FieldsOfTurns | None = Field(
         None,
-        description="in place of prompt: the field of a chat's turns, [{role, content}, …] or [{from, value}, …]; or a "
-        "list of fields, whose turns follow each other",
+        description="in place of prompt: the field of a chat's turns, [{role, content}, …]; or a list of such fields",
     )
     assistant_prefix: Text = Field("", description="a text that begins the answer")
     num_fewshot: Whole = Field(0, ge=0, le=10_000, description="how many examples are shown with their answers")
