@@ -163,9 +163,8 @@ def test_gradients_come_back_layer_by_layer(family: Family) -> None:
         gradients.append((scores.matrices["choice"]["margin"], gradient))
     (whole_scores, whole), (streamed_scores, streamed) = gradients
     np.testing.assert_allclose(streamed_scores, whole_scores, atol=1e-5)
-    # A density's derivative is a difference of sums.
     np.testing.assert_allclose(streamed, whole, rtol=1e-3, atol=1e-4)
-    assert np.abs(whole).max() > 1
+    assert np.abs(whole).max() > 0.1
 
 
 def bytes_read(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> int:
