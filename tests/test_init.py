@@ -379,7 +379,7 @@ def test_sharegpts_conversations_are_read_by_messages(init: Init) -> None:
 
 
 def test_a_prompt_and_its_answer_may_each_be_turns(init: Init) -> None:
-    """As TRL has them for preferences and for prompts with completions."""
+    """TRL has preferences, and prompts with completions, in this form."""
     models = with_templates(base=TEMPLATE, one=TEMPLATE, two=TEMPLATE)
     data = records({"prompt": [SYSTEM, USER], "chosen": [REPLY], "rejected": [BAD]})
     assert init(*models, "--data", data) == 0

@@ -482,7 +482,7 @@ class _Parameter:
 
 
 def _parameters(decoder: DecoderFolder, architecture: Architecture) -> Iterator[_Parameter]:
-    """Those of all layers: routers, and the experts of a layer, which are one parameter whatever the file holds."""
+    """The parameters of all layers: routers, and a layer's experts, which are one parameter whatever the file holds."""
     tensors: dict[str, tuple[str, ...]] = {
         leaf.tensor: (leaf.name,) for leaf in architecture.leaves if leaf.shape[0] == "experts"
     }
