@@ -271,7 +271,8 @@ def _problems(source: str, records: Sequence[Record], templates: ModelTemplates)
 
 def _section(name: str, kind: tuple[str, str], source: str, lines: Sequence[Line], key: str = "file") -> TaskSection:
     """The section of a task with one source of data, which `key` names. kind: with its comment."""
-    form = FORM.get(Path(source).suffix, "one JSON object a line") if is_file_name(source) else "a data set to fetch"
+    ending = Path(source.removesuffix(".gz")).suffix
+    form = FORM.get(ending, "one JSON object a line") if is_file_name(source) else "a data set to fetch"
     return TaskSection(
         (
             ("name", name, "what the task is called in tables"),
