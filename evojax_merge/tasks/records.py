@@ -121,9 +121,10 @@ def _read_list(path: Path) -> list[Record]:
 def _read_csv(path: Path) -> list[Record]:
     """The rows of a CSV file, whose first one names the fields. All values are texts. Tabs or semicolons part them
     where the first line holds such and no comma."""
-    limit, text = csv.field_size_limit(MAX_BYTES), read_text(path)
+    text = read_text(path)
     first = text.partition("\n")[0]
     delimiter = next((mark for mark in "\t;" if mark in first and "," not in first), ",")
+    limit = csv.field_size_limit(MAX_BYTES)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         names = next(reader, [])
