@@ -58,6 +58,7 @@ REGISTRIES = {
 ENVIRONMENT = "EVOJAX_MERGE_PLUGINS"
 # The end of messages about an unknown name.
 HINT = f"; a plugin can add it (plugins: in a config, --plugin FILE, {ENVIRONMENT})"
+RECIPE_HINT = f"; a plugin can add it (--plugin FILE, {ENVIRONMENT})"
 _loaded: set[EntryPoint] = set()
 # The plugins that were named, by their names from any folder.
 _named: dict[str, ModuleType] = {}

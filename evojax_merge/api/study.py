@@ -391,7 +391,8 @@ class Study(Searched, Described):
         keep = () if self.out is None else tuple(RunFolder(self.out).parts)
         return TrialSource(
             self.space.method, self.space.named_values,
-            lambda: self._problem.within(self._context()).exporting(), factory.merges_recipes, keep=keep,
+            lambda: self._problem.within(self._context()).exporting(),
+            factory.merges_recipes(vars(self._parsed)), keep=keep,
         )  # fmt: skip
 
     def to_frame(self) -> Any:

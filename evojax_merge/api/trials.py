@@ -325,7 +325,7 @@ class Run(Searched, Described):
 
         return TrialSource(
             self.method, named_values, self._open, find_backend(f"{folder.config}: backend", name, folder.path)
-            .merges_recipes, check, tuple(folder.parts),
+            .merges_recipes(document), check, tuple(folder.parts),
         )  # fmt: skip
 
     def _open(self) -> Backend:

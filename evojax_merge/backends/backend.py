@@ -7,7 +7,7 @@ Letters: P candidates, D genes of a genome. B stands for a task as a backend eva
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -69,6 +69,9 @@ class Planner(Protocol):
         ...
 
 
+BaselineRole = Literal["uniform", "plain"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackendFacts:
     """The facts about one search's models and candidates that are known once the models are open.
@@ -78,7 +81,8 @@ class BackendFacts:
     whether every gene has an effect that a gradient shows (scores decide for themselves whether they have derivatives,
     see `tasks.task`); gradient_passes: the number of passes that a candidate's gradient is planned as, 0 where it has
     none; export_dtype: the dtype that candidates are rounded to and written in, None where they keep their parents';
-    baseline_role: the role of the space's baseline in the held-out table, None where the models' rows show it already.
+    baseline_role: the role of the space's baseline in the held-out table: `uniform` of the uniform merge, `plain` of
+    another, whose name the space has (`Space.baselines`); None where the models' rows show it already.
 
     The models. base, parents: their files or folders; base is None where the held-out table has none; references: each
     model's name in recipes; loaded: the number of models in the bank; stored_bytes: the bytes that `load` reads from
@@ -109,7 +113,7 @@ class BackendFacts:
     has_derivatives: bool = True
     gradient_passes: int = 1
     export_dtype: str | None = None
-    baseline_role: str | None = None
+    baseline_role: BaselineRole | None = None
     streamed_bytes: int | None = None
     not_adaptable: str = ""
     not_polishable: str = ""
@@ -241,9 +245,9 @@ class Adapts(Protocol):
 class BackendFactory(Protocol):
     """Opens the models of a config of one kind: `backend: NAME`."""
 
-    @property
-    def merges_recipes(self) -> bool:
-        """Whether `merge` makes a candidate of its recipe; otherwise the backend makes it of its genome."""
+    def merges_recipes(self, config: Mapping[str, Any]) -> bool:
+        """Whether `merge` or `moe` makes a candidate of its recipe; otherwise the backend makes it of its genome.
+        config: by its keys, of a search or of a run."""
         ...
 
     def check(self, where: str, config: Config) -> None:

@@ -123,7 +123,8 @@ class _Output:
         for value, option in ((self.dtype, "--dtype"), (self.rank, "--as adapter"), (gguf_name, "a GGUF file")):
             if value is not None:
                 raise InputError(
-                    folder.path, f"{option} is for language models, and this run has others; write a plain folder"
+                    folder.path,
+                    f"{option} is for language models that recipes make, and this run has others; write a plain folder",
                 )
         check_new_model(self.out, self.overwrite, folder.parts)
         with locked(folder.path, resume=True):
@@ -180,7 +181,7 @@ def export(
     plugins.load_named(f"{folder.config}: plugins", config.get("plugins", []), folder.path)
     recover(out)
     backend = config.get("backend", Config.model_fields["backend"].default)
-    merges_recipes = find_backend(f"{folder.config}: backend", backend, folder.path).merges_recipes
+    merges_recipes = find_backend(f"{folder.config}: backend", backend, folder.path).merges_recipes(config)
     output, finished = _Output(folder, out, dtype, overwrite, rank, type_name, max_shard_bytes), folder.is_finished()
     if polished:
         if best_so_far or member is not None or not folder.adapter.is_dir():

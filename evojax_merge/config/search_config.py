@@ -386,7 +386,7 @@ class StageConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _has_other_kind(cls, document: Any) -> Any:
-        for key in ("pool", "mixture"):
+        for key in Config.kinds.keys() - cls.model_fields.keys():
             if isinstance(document, dict) and key in document:
                 raise ValueError(f"{key}: a stage has a space or a data_flow; give it a search of its own")
         return document

@@ -21,7 +21,7 @@ from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.tokens import TokenRule
 from evojax_merge.config.documents import parse
 from evojax_merge.errors import InputError, did_you_mean, shown
-from evojax_merge.plugins import HINT
+from evojax_merge.plugins import RECIPE_HINT
 from evojax_merge.schema.approximation import Approximation
 from evojax_merge.schema.calibration import Calibration
 from evojax_merge.schema.section import MAX_SEED
@@ -180,7 +180,7 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
     if not isinstance(name, str):
         raise InputError(where, f"merge_method: {name!r}; expected one of {', '.join(METHODS)}")
     if name not in METHODS:
-        raise InputError(where, f"merge_method: unknown method {name!r}{did_you_mean(name, METHODS)}{HINT}")
+        raise InputError(where, f"merge_method: unknown method {name!r}{did_you_mean(name, METHODS)}{RECIPE_HINT}")
     method = METHODS[name]
     base = top.get("base_model")
     base = None if base is None else parse_reference(f"{where}: base_model", base)

@@ -83,9 +83,7 @@ def read_parameters(run: RunData) -> Parameters | None:
     if len(run.outcome.genome) == genes:
         labels, framed = [*labels, "the winner"], [*framed, run.outcome.genome]
     genomes = np.array([genome for _, genome in (*late, *drawn)] + framed, np.float32)
-    # A few sizes alone: the names are computed in JAX, which compiles for each.
-    padded = np.pad(genomes, [(0, 2 ** len(genomes).bit_length() - len(genomes)), (0, 0)])
-    values = {name: np.asarray(column, float)[: len(genomes)] for name, column in named_values(padded).items()}
+    values = {name: np.asarray(column, float) for name, column in named_values(genomes).items()}
     is_named = "gene[0]" not in values
     importance = _importance(_sampled(late, values, 0)) if len(late) >= FEWEST_RANKED else {}
     frames = Frames(labels, _maps({name: column[len(late) + len(drawn) :] for name, column in values.items()}))

@@ -148,6 +148,11 @@ class Space(Protocol):
         """float32[D], the genome with which a search begins."""
         ...
 
+    def baselines(self) -> tuple[str, np.ndarray]:
+        """The candidates that need no search, which the winner is compared with on the search split: in words, and
+        their genomes, float32[S, D]."""
+        ...
+
     def decode(self, genomes: np.ndarray) -> Any:
         """The candidates of genomes float32[P, D], in the form that the space's evaluator takes."""
         ...

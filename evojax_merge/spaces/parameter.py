@@ -130,7 +130,7 @@ class GroupSpace:
         rows = 256 * max(1, -(-size // 256))
         padded = np.zeros((rows, self.dims), np.float32)
         padded[:size] = genomes
-        blocks = [jax.vmap(self.values)(jnp.asarray(block)) for block in np.split(padded, rows // 256)]
+        blocks = [_values(self, block) for block in np.split(padded, rows // 256)]
         for name in blocks[0]:
             values = np.concatenate([np.asarray(block[name]) for block in blocks])[:size]
             ends = [f"[{parent}]" for parent in parents] if self.method.parameter(name).per_parent else [""]
@@ -383,6 +383,11 @@ class ParameterSpace(GroupSpace):
         share = jnp.asarray((at - below).reshape(-1, *(1,) * (table.ndim - 1)), jnp.float32)
         values = (1 - share) * table[below] + share * table[above]
         return on_grid(values) if self.method.parameter(name).quantised else values
+
+
+@partial(jax.jit, static_argnums=0)
+def _values(space: GroupSpace, genomes: jax.Array) -> dict[str, jax.Array]:
+    return jax.vmap(space.values)(genomes)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Language models as a backend: merges, layer paths and pool members, scored by one native decoder."""
+"""Language models as a backend: candidates of every kind, scored by one native decoder."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.backends.backend import Adaptable, BackendFacts, CandidateFacts, Prepared
+from evojax_merge.backends.decoder.kinds import kind_of
 from evojax_merge.backends.decoder.kinds.kind import Candidates
 from evojax_merge.backends.decoder.placements import DEVICE
 from evojax_merge.backends.decoder.planner import DecoderPlanner
@@ -48,10 +49,8 @@ from evojax_merge.models.sources import StackedWeights
 from evojax_merge.report.comparison import model_name
 from evojax_merge.report.notices import log_unused_config_keys
 from evojax_merge.schema.approximation import Approximation
-from evojax_merge.schema.mixture_space import MixtureSpaceConfig
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.successive_halving import example_lengths
-from evojax_merge.spaces.search_parameters import parent_groups_of
 from evojax_merge.system.file_system import atomic_folder
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task, about_backend
@@ -192,13 +191,10 @@ class DecoderBackend:
 
     def _resolved(self) -> dict[str, Any]:
         models, config = self.models, self.config
-        document: dict[str, Any] = {
-            "base": None if models.base is None else reference_to(models.base),
-            "parents": list(map(reference_to, models.parents)),
-            "space": self._resolved_space(),
-        }
-        if config.mixture is not None:
-            document["mixture"] = self._resolved_mixture(config.mixture)
+        base = None if models.base is None else reference_to(models.base)
+        parents = list(map(reference_to, models.parents))
+        document: dict[str, Any] = {"base": base, "parents": parents, "space": None}
+        document |= kind_of(config).resolved(config, base, parents)
         if config.tokenizer_source not in (None, "base"):
             document["tokenizer_source"] = self._tokenizer_source(reference_to(models.tokenizer_folder))
         if models.other_modules is not None and config.other_modules not in (None, "base"):
@@ -215,30 +211,6 @@ class DecoderBackend:
             return None
         files = list(map(str, moments.files))
         return section.model_dump(mode="json") | {"file": files[0] if isinstance(section.file, str) else files}
-
-    def _resolved_space(self) -> dict[str, Any] | None:
-        """The config's space: its groups of parents with absolute paths."""
-        space = self.config.space
-        if space is None:
-            return None
-        members = {}
-        for name, patterns in space.parent_groups.items():
-            alone = parent_groups_of("space", {name: patterns}, self.config.parents)
-            # In a chain the first parent may stand for itself and for the winner of the stage before.
-            members[name] = list(
-                dict.fromkeys(reference_to(p) for p, g in zip(self.models.parents, alone, strict=True) if g == 0)
-            )
-        return space.model_copy(update={"parent_groups": members}).model_dump(mode="json")
-
-    def _resolved_mixture(self, section: MixtureSpaceConfig) -> dict[str, Any]:
-        """The config's mixture, with absolute paths."""
-        references = dict(zip(self.config.parents, map(reference_to, self.models.parents), strict=True))
-        if self.config.base is not None and self.models.base is not None:
-            references[self.config.base] = reference_to(self.models.base)
-        document = section.model_dump(mode="json")
-        for key in ("positive_prompts", "negative_prompts"):
-            document[key] = {references[name]: texts for name, texts in document[key].items()}
-        return document | {"experts": [references[name] for name in section.experts or self.config.parents]}
 
     def files(self) -> set[Path]:
         images = set() if self.models.vision is None else self.models.vision.files

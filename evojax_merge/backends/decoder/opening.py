@@ -1,8 +1,7 @@
 """Opening a search's language models by their headers: its mistakes are found here, cheapest first."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ from merge_kernels import Method
 
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
+from evojax_merge.backends.decoder.kinds import kind_module, kind_of
 from evojax_merge.backends.decoder.kinds.kind import Candidates, OpenedParents
-from evojax_merge.backends.decoder.kinds.merge import build_space
-from evojax_merge.backends.decoder.kinds.mixture import build_space as build_mixture_space
 from evojax_merge.backends.decoder.placements import bank_place
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
 from evojax_merge.checkpoints.bank import bank_bytes
@@ -31,11 +29,6 @@ from evojax_merge.mergekit.calibration import with_moments
 from evojax_merge.report.comparison import model_names
 from evojax_merge.schema.approximation import Approximation
 from evojax_merge.search.kept_scores import TEXT_KINDS
-from evojax_merge.spaces.mixture import MixtureSpace
-from evojax_merge.spaces.parameter import ParameterSpace
-from evojax_merge.spaces.search_parameters import (
-    find_method,
-)
 from evojax_merge.system.without_torch import leave_torch_out
 from evojax_merge.tasks.task import TaskConfig
 from evojax_merge.zoo.references import recipe_reference, resolve_file, resolve_reference
@@ -52,15 +45,13 @@ def _is_text_model(path: Path) -> bool:
     return SENSES.isdisjoint(read_json_object(path / "config.json", missing={}))
 
 
-def kind_of(config: Config) -> Any:
-    """The module of the kind of candidates that a config asks for (see `kinds`)."""
-    return import_module(f"evojax_merge.backends.decoder.kinds.{config.kind}")
-
-
 class DecoderFactory:
     """Language models: Hugging Face folders, GGUF files, adapters."""
 
-    merges_recipes = True
+    def merges_recipes(self, config: Mapping[str, Any]) -> bool:
+        kinds = (kind for key, kind in Config.kinds.items() if config.get(key) is not None)
+        # All stages of a chain are merges or layer paths.
+        return kind_module(next(kinds, "merge")).MERGES_RECIPES
 
     def check(self, where: str, config: Config) -> None:
         if config.evaluation.recalibrate:
@@ -223,19 +214,14 @@ def _check_tokens(folders: Sequence[Path], sources: Sources, other_modules: Path
             )
 
 
-def parameter_space(path: Path, config: Config) -> tuple[ParameterSpace | MixtureSpace, list[str]] | None:
-    """The space of a config whose parameters have names, and what its parents are called in tables; None where it
-    searches something else. Opens the first parent's headers alone."""
-    if config.space is None and config.mixture is None:
-        return None
+def parameter_space(path: Path, config: Config) -> tuple[Any, list[str]] | None:
+    """The space of a config whose genes have names, and what its parents are called in tables; None where genes have
+    none. Opens the first parent's headers alone."""
     names = [f"{path}: parents[{k}]" for k in range(len(config.parents))]
     parents = [resolve_reference(name, one, path.parent) for name, one in zip(names, config.parents, strict=True)]
     _, decoder = open_sources(parents[:1], open_decoder=merged_parts(str(path), config))
-    if config.mixture is not None:
-        return build_mixture_space(config.mixture, config.parents, decoder.layers), model_names(parents)
-    assert config.space is not None
-    method = find_method(f"{path}: space.method", config.space.method)
-    return build_space(f"{path}: space", config.space, method, config.parents, decoder), model_names(parents)
+    space = kind_of(config).named_space(str(path), config, decoder)
+    return None if space is None else (space, model_names(parents))
 
 
 def context_length(folders: Sequence[Folder], positions: int | None = None) -> int:

@@ -137,7 +137,8 @@ def bank_place(where: str, setting: BankPlace | Literal["auto"], target: Target,
     """The place that a config's `evaluation.bank` means. shards: the number of devices that share the models. Raises
     InputError where they are to be in the memory of a host that is too small."""
     is_here, host = target == live_target(), available_memory()
-    needed = {"device": room.beside, "host": room.on_host}.get(setting, 0)
+    in_memory = setting != "auto" and PLACEMENTS[setting].in_memory
+    needed = room.on_host if in_memory else room.beside if setting == DEVICE.name else 0
     if is_here and needed > host:
         raise InputError(
             f"{where}: evaluation.bank", f"{setting}: the models take {format_bytes(needed)} of the host's memory, and "

@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,7 +102,9 @@ class FunctionFactory:
     load: Callable[[Path], Any] = load_tree
     save: Callable[[Any, Path], None] = save_tree
     groups: Callable[[str], str] | None = None
-    merges_recipes: ClassVar[bool] = False
+
+    def merges_recipes(self, config: Mapping[str, Any]) -> bool:
+        return False
 
     def check(self, where: str, config: Config) -> None:
         if config.evaluation.recalibrate:

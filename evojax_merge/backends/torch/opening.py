@@ -52,7 +52,9 @@ class TorchFactory:
     makes (`backend: FILE.py:make`)."""
 
     make: Callable[[], Any] | None = None
-    merges_recipes: bool = False
+
+    def merges_recipes(self, config: Mapping[str, Any]) -> bool:
+        return False
 
     def check(self, where: str, config: Config) -> None:
         check_config(where, config, "networks are", FOREIGN_KEYS)

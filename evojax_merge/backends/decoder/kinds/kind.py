@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from merge_kernels import Method
 
+from evojax_merge.backends.backend import BaselineRole
 from evojax_merge.backends.decoder.placements import DEVICE, PLACEMENTS, OnDevices, Room, Streamed
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_stored
 from evojax_merge.checkpoints.bank import bank_bytes
@@ -56,15 +57,14 @@ class OpenedParents:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates(ABC):
-    """A kind of candidates. `baseline_role`: the role of the space's baseline in the table, None where the parents'
-    rows show it already; `has_derivatives`: whether every gene has an effect that a gradient shows; `places`: where the
-    models' weights may be; `no_gradient`: the key of a config, and the complaint, where `gradient_passes` is 0;
-    sources: the models; placement: where their weights are."""
+    """A kind of candidates. `baseline_role`: see `BackendFacts`; `has_derivatives`: whether every gene has an effect
+    that a gradient shows; `places`: where the models' weights may be; `no_gradient`: the key of a config, and the
+    complaint, where `gradient_passes` is 0; sources: the models; placement: where their weights are."""
 
     sources: Sources
     placement: OnDevices = DEVICE
 
-    baseline_role: ClassVar[str | None] = None
+    baseline_role: ClassVar[BaselineRole | None] = None
     places: ClassVar[tuple[BankPlace, ...]] = tuple(PLACEMENTS)
     has_derivatives: ClassVar[bool] = True
     no_gradient: ClassVar[tuple[str, str]] = (
@@ -118,22 +118,15 @@ class Candidates(ABC):
         """The config of the decoder that candidates are run by. config: that of the first source."""
         return config
 
+    @abstractmethod
     def fates(self, other_modules: Path | None) -> list[TensorFate]:
         """The fates of the models' tensors, which are named by their paths. other_modules: see `account_of_search`."""
-        return account_of_search(self.sources, other_modules)
+        ...
 
+    @abstractmethod
     def export(self, recipe: str, out: Path, card: str, check: Callable[[], None]) -> list[dict[str, Any]]:
         """Write the model of a recipe, a YAML text, to the folder `out`, and return the account of its tensors."""
-        # The recipe's models are named by absolute paths, so that its own place makes no difference.
-        stream = parse_stream(out.parent / "recipe.yaml", parse_documents(out.parent / "recipe.yaml", recipe))
-        with prepare_stream(stream, out, find=resolve_reference) as stream_plan:
-            fates = with_public_names(stream_plan.account, stream_plan.paths)
-            write = partial(merge_to, recipe=recipe)
-            bar = partial(merge_bar, "exporting")
-            card += card_section(fates)
-            merge_stream(stream_plan, out, write, card=card, overwrite=True, check=check, bar=bar)
-        say(summary(fates))
-        return document(fates)
+        ...
 
     # ---- Memory
 
@@ -205,6 +198,26 @@ class Candidates(ABC):
     def describe_work(self, evaluators: Sequence[Any]) -> str:
         """One line on how the candidates of a search were evaluated."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedCandidates(Candidates):
+    """Candidates that `evojax-merge merge` makes of their recipes."""
+
+    def fates(self, other_modules: Path | None) -> list[TensorFate]:
+        return account_of_search(self.sources, other_modules)
+
+    def export(self, recipe: str, out: Path, card: str, check: Callable[[], None]) -> list[dict[str, Any]]:
+        # The recipe's models are named by absolute paths, so that its own place makes no difference.
+        stream = parse_stream(out.parent / "recipe.yaml", parse_documents(out.parent / "recipe.yaml", recipe))
+        with prepare_stream(stream, out, find=resolve_reference) as stream_plan:
+            fates = with_public_names(stream_plan.account, stream_plan.paths)
+            write = partial(merge_to, recipe=recipe)
+            bar = partial(merge_bar, "exporting")
+            card += card_section(fates)
+            merge_stream(stream_plan, out, write, card=card, overwrite=True, check=check, bar=bar)
+        say(summary(fates))
+        return document(fates)
 
 
 def one_model(sources: Sources, config: DecoderConfig, compute_dtype: str, place: Place) -> Population:

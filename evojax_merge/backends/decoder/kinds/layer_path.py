@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from merge_kernels import Method
 
-from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, Candidates, OpenedParents, one_model
+from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, MergedCandidates, OpenedParents, one_model
 from evojax_merge.backends.decoder.placements import DEVICE, Streamed
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_stored
 from evojax_merge.checkpoints.bank import bank_bytes
@@ -22,6 +22,7 @@ from evojax_merge.evaluation.populations import Population
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.write import path_document
 from evojax_merge.models.architecture import architecture_of, types_of_layers
+from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.report.plan import shown_bytes
@@ -30,10 +31,11 @@ from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace,
 
 # A base takes part by the method alone.
 TAKES_BASE = False
+MERGES_RECIPES = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class PathCandidates(Candidates):
+class PathCandidates(MergedCandidates):
     """Paths through the layers of all parents."""
 
     space: PathSpace
@@ -114,6 +116,14 @@ class PathCandidates(Candidates):
 
 def methods_of(where: str, config: Config) -> tuple[Method, ...]:
     return ()
+
+
+def resolved(config: Config, base: str | None, parents: Sequence[str]) -> dict[str, Any]:
+    return {}
+
+
+def named_space(where: str, config: Config, decoder: DecoderConfig) -> None:
+    return None
 
 
 def open_candidates(opened: OpenedParents) -> PathCandidates:

@@ -6,19 +6,19 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from merge_kernels import METHODS, Method
 
-from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, Candidates, OpenedParents, one_model
+from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, MergedCandidates, OpenedParents, one_model
 from evojax_merge.backends.decoder.placements import DEVICE, DISK, Room, Streamed
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_stored
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.members import MembersInFiles, MemberStore
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.checkpoints.writer import TensorSpec
-from evojax_merge.config.search_config import Config
+from evojax_merge.config.search_config import BankPlace, Config
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, PopulationEvaluator, Progress
@@ -51,10 +51,11 @@ from evojax_merge.spaces.search_parameters import find_method
 
 # A base takes part by the method alone.
 TAKES_BASE = False
+MERGES_RECIPES = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoolCandidates(Candidates):
+class PoolCandidates(MergedCandidates):
     """Members of a pool. has_base: whether the sources begin with a base; base: its reference in recipes; founders:
     references, by number; seed: of random methods; slots: the number of bred members that are kept between generations;
     size: that of the pool."""
@@ -67,6 +68,8 @@ class PoolCandidates(Candidates):
     seed: int
     slots: int
     size: int
+
+    places: ClassVar[tuple[BankPlace, ...]] = ("device", "host", "disk")
 
     @property
     def _in_files(self) -> bool:
@@ -215,6 +218,14 @@ def methods_of(where: str, config: Config) -> tuple[Method, ...]:
             raise InputError(key, f"{name} stands there already; expected methods that differ")
         methods.append(method)
     return tuple(methods)
+
+
+def resolved(config: Config, base: str | None, parents: Sequence[str]) -> dict[str, Any]:
+    return {}
+
+
+def named_space(where: str, config: Config, decoder: DecoderConfig) -> None:
+    return None
 
 
 def open_candidates(opened: OpenedParents) -> PoolCandidates:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from merge_kernels import Method
 
-from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, Candidates, OpenedParents
+from evojax_merge.backends.decoder.kinds.kind import LAYERS_AHEAD, MergedCandidates, OpenedParents
 from evojax_merge.backends.decoder.placements import Streamed
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_bank
 from evojax_merge.checkpoints.bank import LOADERS, held_bytes, leaf_layout
@@ -60,10 +60,11 @@ from evojax_merge.system.data_packages import cache_folder
 
 # A base takes part by the method alone.
 TAKES_BASE = False
+MERGES_RECIPES = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeCandidates(Candidates):
+class MergeCandidates(MergedCandidates):
     """Merges of all sources by a method. base, parents: the references in recipes, the parents in their order."""
 
     space: ParameterSpace
@@ -199,6 +200,23 @@ def open_candidates(opened: OpenedParents) -> MergeCandidates:
         space=space, name=method.name, methods=(method,), export_dtype=opened.export_dtype, spec=spec,
         sources=opened.sources, decoder=decoder, base=opened.base, parents=opened.parents,
     )  # fmt: skip
+
+
+def resolved(config: Config, base: str | None, parents: Sequence[str]) -> dict[str, Any]:
+    """The space, with absolute paths in its groups of parents."""
+    assert config.space is not None
+    members = {}
+    for name, patterns in config.space.parent_groups.items():
+        alone = parent_groups_of("space", {name: patterns}, config.parents)
+        # In a chain the first parent may stand for itself and for the winner of the stage before.
+        members[name] = list(dict.fromkeys(path for path, g in zip(parents, alone, strict=True) if g == 0))
+    return {"space": config.space.model_copy(update={"parent_groups": members}).model_dump(mode="json")}
+
+
+def named_space(where: str, config: Config, decoder: DecoderConfig) -> ParameterSpace:
+    assert config.space is not None
+    method = find_method(f"{where}: space.method", config.space.method)
+    return build_space(f"{where}: space", config.space, method, config.parents, decoder)
 
 
 def check_models(where: str, method: Method, has_base: bool, parents: int) -> None:

@@ -40,6 +40,7 @@ from evojax_merge.zoo.references import resolve_reference
 
 # The base takes part in every candidate.
 TAKES_BASE = True
+MERGES_RECIPES = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +239,23 @@ def build_space(section: MixtureSpaceConfig, parents: Sequence[str], layers: int
         layers, layers if together == "all" else min(together, layers), models, section.slots or models,
         tuple(section.searched), (section.scale_low, section.scale_high), section.bias,
     )  # fmt: skip
+
+
+def resolved(config: Config, base: str | None, parents: Sequence[str]) -> dict[str, Any]:
+    """The mixture, with absolute paths for its experts."""
+    section, paths = config.mixture, dict(zip(config.parents, parents, strict=True))
+    assert section is not None
+    if config.base is not None and base is not None:
+        paths[config.base] = base
+    document = section.model_dump(mode="json")
+    for key in ("positive_prompts", "negative_prompts"):
+        document[key] = {paths[name]: texts for name, texts in document[key].items()}
+    return {"mixture": document | {"experts": [paths[name] for name in section.experts or config.parents]}}
+
+
+def named_space(where: str, config: Config, decoder: DecoderConfig) -> MixtureSpace:
+    assert config.mixture is not None
+    return build_space(config.mixture, config.parents, decoder.layers)
 
 
 def _expert(section: MixtureSpaceConfig, name: str, reference: str) -> dict[str, Any]:
