@@ -50,9 +50,8 @@ def cma_algorithm(kind: str, dims: int, population: int) -> Any:
 
 @lru_cache(maxsize=16)
 def cma_params(kind: str, dims: int, population: int) -> Any:
-    """evosax's parameters. Its fifty small operations are one program: compiled one by one they take two seconds."""
-    algorithm = cma_algorithm(kind, dims, population)
-    return jax.jit(lambda: algorithm.default_params)()
+    """evosax's parameters, cached because evosax computes them in fifty small operations at each call."""
+    return cma_algorithm(kind, dims, population).default_params
 
 
 def _strategy(name: str, kind: str, settings: StrategySettings) -> EvosaxStrategy:
