@@ -112,13 +112,18 @@ def test_a_search_keeps_the_account_in_its_result_and_card(tmp_path: Path) -> No
     row = FAMILIES["qwen3_5_text"]
     family = build_family(tmp_path, transformers.Qwen3_5TextConfig(**(SIZES | row.changes)), 2)
     add_tensors(family.base, {"mtp.fc.weight": np.ones((2, 3), np.float32)})
+    value_head = {"v_head.summary.weight": np.ones((1, 4), np.float32), "v_head.summary.bias": np.ones(1, np.float32)}
+    add_tensors(family.parents[1], value_head)
     path = write_config(family.root, tasks=[TEXT | {"weight": 1}], search={"generations": 1, "population": 2})
     run_here("search", path, "--out", tmp_path / "run")
     fates = read_json(tmp_path / "run/result.json")["tensors"]
     counts = {(fate["model"], fate["fate"]): fate["count"] for fate in fates}
     stored = {folder: len(load_file(folder / "model.safetensors")) for folder in (family.base, *family.parents)}
-    kept = {(family.base.name, "merged"): stored[family.base] - 1, (family.base.name, "kept"): 1}
-    assert counts == kept | {(parent.name, "merged"): stored[parent] for parent in family.parents}
+    stored[family.parents[1]] -= len(value_head)
+    others = {(family.base.name, "merged"): stored[family.base] - 1, (family.base.name, "kept"): 1}
+    others[family.parents[1].name, "left out"] = len(value_head)
+    assert counts == others | {(parent.name, "merged"): stored[parent] for parent in family.parents}
+    assert f"{family.parents[1].name}: its value head (v_head) is left out" in (tmp_path / "run/run.log").read_text()
     assert [fate["tensors"] for fate in fates if fate["fate"] == "kept"] == [["mtp.fc.weight"]]
     assert "## Tensors" in (tmp_path / "run/best/model/README.md").read_text()
     assert "1 of base kept" in output_of("plan", path).replace("\n", " ")

@@ -1,5 +1,6 @@
 """Tokens of merged models, against mergekit: whose row is whose, in which order, in models of any architecture."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers.files import edit_json, write_json
+from helpers.commands import run_here
+from helpers.files import edit_json, read_json, write_json, write_lines, write_yaml
 from helpers.mergekit import assert_same_tensors, merge_by_mergekit
 from helpers.models import finetune, random_model, save, state, tiny_config, word_tokenizer, words
-from helpers.searches import problem_of, search_config
+from helpers.searches import problem_of, search_config, task_section
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -174,6 +176,65 @@ def test_a_model_without_a_tokenizer_has_the_base_s(llamas: Path, monkeypatch: p
     found, warnings = ours(llamas, merge("bare", "base"))
     assert warnings == (line,)
     assert (found / "tokenizer.json").read_bytes() == (llamas / "base/tokenizer.json").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A search of models of which some lack tokens
+
+CHAT = ["<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def added_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of 62 tokens, three fine-tunes of it, of which two have two tokens more, and a task on these."""
+    root = tmp_path_factory.mktemp("added")
+    base = random_model(tiny_config(num_hidden_layers=1, vocab_size=62, tie_word_embeddings=False))
+    save(base, root / "base", words(62))
+    save(finetune(base, 3), root / "plain", words(62))
+    for seed, name in enumerate(("one", "two"), start=1):
+        torch.manual_seed(seed)
+        tuned = finetune(copy.deepcopy(base), seed)
+        tuned.resize_token_embeddings(64, mean_resizing=False)
+        save(tuned, root / name, [*words(62), *CHAT])
+    records = [{"prompt": f"{CHAT[0]} w{i} {CHAT[1]}", "target": f" w{i + 1} {CHAT[1]}"} for i in range(8, 24)]
+    write_lines(root / "tasks.jsonl", records)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("method", "parents", "lacking"),
+    [("task_arithmetic", ("one", "two"), ("base",)), ("ties", ("one", "plain"), ("base", "plain")),
+     ("slerp", ("plain", "one"), ("plain",)), ("linear", ("one", "plain"), ("plain",))],
+)  # fmt: skip
+def test_models_that_lack_a_few_tokens_are_searched_as_their_recipe_merges_them(
+    method: str, parents: tuple[str, ...], lacking: tuple[str, ...], added_tokens: Path, tmp_path: Path
+) -> None:
+    base = added_tokens / "base" if "base" in lacking else None
+    document = search_config(
+        base=base and str(base), parents=[str(added_tokens / name) for name in parents],
+        tokenizer_source=str(added_tokens / "one"), space={"method": method, "layers_per_group": "all"},
+        tasks=[task_section(added_tokens / "tasks.jsonl", heldout=0.5)],
+    )  # fmt: skip
+    run_here("search", write_yaml(tmp_path / "search.yaml", document), "--out", tmp_path / "run")
+    log, best = (tmp_path / "run" / "run.log").read_text(), tmp_path / "run" / "best"
+    for name in lacking:
+        assert f"{name}: lacks 2 of the 64 tokens (such as '<|im_start|>')" in log
+    scored = read_json(tmp_path / "run" / "result.json")["table"][-1]["heldout_scores"]
+    run_here("merge", best / "recipe.yaml", tmp_path / "again")
+    run_here("evaluate", tmp_path / "again", "--tasks", tmp_path / "search.yaml", "--split", "heldout", "--json",
+             tmp_path / "scores.json")  # fmt: skip
+    [model] = read_json(tmp_path / "scores.json")
+    assert model["scores"] == pytest.approx(scored, abs=1e-6)
+    assert len(load_tokenizer(tmp_path / "again")) == 64
+
+
+def test_models_that_lack_many_tokens_and_layer_paths_are_refused_with_the_way_out(added_tokens: Path) -> None:
+    for changes in ({"space": None, "data_flow": {}}, {"parents": ["one", "short"]}):
+        if "parents" in changes and not (added_tokens / "short").exists():
+            save(random_model(tiny_config(num_hidden_layers=1, vocab_size=40)), added_tokens / "short", words(40))
+        config = search_config(**{"parents": ["one", "plain"], "tokenizer_source": "one"} | changes)
+        with pytest.raises(InputError, match=r"lacks \d+ of the 64 tokens .*approximate: omp"):
+            problem_of(added_tokens / "config.yaml", config)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -265,7 +265,11 @@ def open_decoders(
 ) -> tuple[Sources, list[DecoderConfig]]:
     """Open the folders of decoders whose layers fit each other, whatever their depth; open_decoder: see `open_sources`.
     Raises InputError."""
-    folders = tuple(open_decoder(open_model(path)) for path in paths)
+    opened = [open_decoder(open_model(path)) for path in paths]
+    folders = tuple(
+        replace(folder, entries={name: entry for name, entry in folder.entries.items() if not is_value_head(name)})
+        for folder in opened
+    )
     for folder in folders:
         if not folder.config:
             read_json_object(folder.path / "config.json", missing=NO_CONFIG)
@@ -292,9 +296,18 @@ def open_decoders(
     _check_shapes(sources, configs)
     check_layers_alike(folders, configs)
     warnings = vocabulary_warnings(paths) if vocabulary is None else vocabulary.warnings
-    sources = replace(sources, warnings=(*warnings, *position_notes(folders)))
+    heads = [
+        f"{folder.path}: its value head (v_head) is left out: no language model has one"
+        for folder in opened if any(map(is_value_head, folder.entries))
+    ]  # fmt: skip
+    sources = replace(sources, warnings=(*warnings, *heads, *position_notes(folders)))
     FOLDERS_WITH_TEMPLATE[:] = [path for path in paths if has_tokenizer(path) and chat_template(path)]
     return sources, configs
+
+
+def is_value_head(tensor: str) -> bool:
+    """Return whether a tensor of this name is of the value head that TRL stores beside a language model."""
+    return tensor.startswith("v_head.")
 
 
 def common_kind(folders: Sequence[DecoderFolder]) -> object:

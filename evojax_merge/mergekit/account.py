@@ -5,7 +5,7 @@ once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,7 +14,7 @@ from merge_kernels import Options
 
 from evojax_merge.checkpoints.decoder_folder import TensorView
 from evojax_merge.checkpoints.folder import Tensor
-from evojax_merge.checkpoints.parents import Sources
+from evojax_merge.checkpoints.parents import Sources, is_value_head
 from evojax_merge.mergekit.opening import CAUSAL_MASKS, TABLES
 from evojax_merge.mergekit.plan import LAYER_NAME, TensorPlan
 
@@ -81,7 +81,8 @@ def account_of_search(sources: Sources, other_modules: Path | None) -> list[Tens
     ]  # fmt: skip
     copied = {name: tensor for folder in sources.folders if folder.path == other_modules
               for name, tensor in folder.other_modules.items()}  # fmt: skip
-    return account_of([str(folder.path) for folder in sources.folders], sources, rows, copied)
+    fates = account_of([str(folder.path) for folder in sources.folders], sources, rows, copied)
+    return [replace(fate, reason="a value head") if is_value_head(fate.tensor) else fate for fate in fates]
 
 
 def _read(sources: Sources, number: int, rows: Sequence[TensorPlan]) -> dict[str, tuple[Fate, str]]:

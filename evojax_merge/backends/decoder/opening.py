@@ -33,6 +33,8 @@ from evojax_merge.system.without_torch import leave_torch_out
 from evojax_merge.tasks.task import TaskConfig
 from evojax_merge.zoo.references import recipe_reference, resolve_file, resolve_reference
 
+# The share of its tokens whose rows a merged model may take from the others.
+MOST_FILLED = 0.1
 # Keys of the configs of models that take more of transformers than text models do.
 SENSES = frozenset({"vision_config", "audio_config"})
 
@@ -92,7 +94,9 @@ class DecoderFactory:
             leave_torch_out()
         tokenizer_choice = None
         if tokenizer_dir is not None:
-            tokenizer_choice = TokenizerChoice(opened.index(tokenizer_dir), approximation=approximation)
+            # A row that a model lacks is filled as `merge` fills it by the recipe, whose base_model comes first here.
+            first = 0 if has_base or any(method.base_is_first_parent for method in methods) else None
+            tokenizer_choice = TokenizerChoice(opened.index(tokenizer_dir), first, approximation=approximation)
         open_decoder = merged_parts(where, config)
         if methods or kind.TAKES_BASE:
             sources, decoder = open_sources(opened, tokenizer_choice, open_decoder)
@@ -102,13 +106,15 @@ class DecoderFactory:
             sources, configs = open_decoders(opened, tokenizer_choice, open_decoder)
         all_folders = sources.folders
         other_modules = _other_modules(where, config, folder, all_folders, base, parents)
-        _check_tokens(opened, sources, other_modules)
+        # The recipe of a layer path need not have all models, nor that of a merge the base.
+        fills = config.space is not None and not unmerged_base
+        filled = _check_tokens(opened, sources, other_modules, MOST_FILLED if fills else 0.0)
         if None not in (other_modules, tokenizer_dir) and tokenizer_dir != other_modules:
             raise InputError(
                 where, f"tokenizer_source: expected {other_modules}, whose other modules the winner has: its images "
                 "have tokens of its own",
             )  # fmt: skip
-        sources = replace(sources, folders=sources.folders[: len(paths)])
+        sources = replace(sources, folders=sources.folders[: len(paths)], warnings=(*sources.warnings, *filled))
         if config.space is not None:
             notes: list[str] = []
             merged = range(int(has_base), len(paths))
@@ -198,20 +204,30 @@ def merged_parts(where: str, config: Config) -> OpenDecoder:
     return decoder_with_projector if config.components else decoder_of
 
 
-def _check_tokens(folders: Sequence[Path], sources: Sources, other_modules: Path | None) -> None:
-    """Raises InputError where a model of a search lacks a token: a made-up row would be searched like a trained one. A
-    text model beside a larger one may lack the tokens that were added to the larger one's, such as that of images."""
-    vocabulary = sources.vocabulary
+def _check_tokens(
+    folders: Sequence[Path], sources: Sources, other_modules: Path | None, most_filled: float
+) -> list[str]:
+    """A warning for each model of a search that lacks tokens, as a base lacks those that its fine-tunes have added.
+    Raises InputError where it lacks more than a share `most_filled` of them: rows of other models would be searched
+    like trained ones. A text model beside a larger one may lack the tokens that were added to the larger one's, such as
+    that of images."""
+    vocabulary, warnings = sources.vocabulary, list[str]()
     if vocabulary is None or not vocabulary.fills:
-        return
+        return warnings
     for folder, rows in zip(folders, vocabulary.rows, strict=True):
         added = () if other_modules is None else vocabulary.tokenizer.added_tokens_decoder
         missing = np.array([token for token in np.flatnonzero(rows < 0) if token not in added])
-        if missing.size:
-            token = vocabulary.tokenizer.convert_ids_to_tokens(int(missing[0]))
+        if not missing.size:
+            continue
+        token = vocabulary.tokenizer.convert_ids_to_tokens(int(missing[0]))
+        lacks = f"lacks {missing.size:,} of the {len(rows):,} tokens (such as {shown(token)})"
+        if missing.size > most_filled * len(rows):
             raise InputError(
-                folder, f"lacks {missing.size} of the tokens (such as {shown(token)}); cannot align its rows"
-            )
+                folder, f"{lacks}; expected tokenizer_source: {{of: MODEL, approximate: omp}}, which makes rows of "
+                "tokens that a model lacks, or the tokens of another model",
+            )  # fmt: skip
+        warnings.append(f"{folder}: {lacks}; it takes their rows from the models that have them")
+    return warnings
 
 
 def parameter_space(path: Path, config: Config) -> tuple[Any, list[str]] | None:
