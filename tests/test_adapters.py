@@ -57,8 +57,11 @@ LORA: dict[str, dict[str, Any]] = {
 }
 
 
-def adapter(base: Path, folder: Path, seed: int = 0, **settings: Any) -> tuple[Path, Path]:
-    """An adapter of random values, saved by peft, and what its merge_and_unload makes of it."""
+def adapter(
+    base: Path, folder: Path, seed: int = 0, onto: Path | None = None, embeddings: Any = "auto", **settings: Any
+) -> tuple[Path, Path]:
+    """An adapter of random values, saved by peft, and what its merge_and_unload makes of it, of the base or `onto`
+    another one. embeddings: peft's `save_embedding_layers`."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, **settings}
@@ -66,8 +69,8 @@ def adapter(base: Path, folder: Path, seed: int = 0, **settings: Any) -> tuple[P
     for name, values in tuned.named_parameters():
         if values.requires_grad:
             values.data += (0.02 if "magnitude" in name else 0.1) * torch.randn_like(values)
-    tuned.save_pretrained(folder)
-    merged = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), folder)
+    tuned.save_pretrained(folder, save_embedding_layers=embeddings)
+    merged = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(onto or base, dtype="auto"), folder)
     merged.merge_and_unload().save_pretrained(folder.with_name(f"{folder.name}-merged"))
     return folder, folder.with_name(f"{folder.name}-merged")
 
@@ -94,6 +97,34 @@ def test_an_adapter_is_merged_as_peft_merges_it(case: str, untied: Path, tmp_pat
     found, expected, base = read(f"{untied}+{folder}"), state(merged), state(untied)
     assert_same_tensors(found, expected, rtol=2e-6, atol=2e-7)
     assert any(not np.array_equal(found[name], base[name]) for name in base)
+
+
+# What peft saves where the vocabulary was resized: the embedding and the head as they are, beside their adapters.
+WITH_EMBEDDINGS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "nothing": (False, {}),
+    "both saved": (False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "rows": (False, {"trainable_token_indices": [3, 9]}),
+    "both adapted": (False, {"target_modules": ["embed_tokens", "lm_head"]}),
+    "nothing, tied": (True, {}),
+    "the embedding saved, tied": (True, {"modules_to_save": ["embed_tokens"]}),
+    "the head saved, tied": (True, {"modules_to_save": ["lm_head"]}),
+    "both saved, tied": (True, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "both saved as one, tied": (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "rows, tied": (True, {"trainable_token_indices": [3, 9]}),
+    "the embedding adapted, tied": (True, {"target_modules": ["embed_tokens"]}),
+}
+
+
+@pytest.mark.parametrize("case", WITH_EMBEDDINGS)
+def test_embeddings_that_peft_saves_beside_an_adapter_are_the_models(case: str, tmp_path: Path) -> None:
+    """Whatever the rows of the base are."""
+    is_tied, settings = WITH_EMBEDDINGS[case]
+    model = random_model(tiny_config("llama", tie_word_embeddings=is_tied))
+    base, other = save(model, tmp_path / "base"), save(finetune(model, 1), tmp_path / "other")
+    folder, merged = adapter(base, tmp_path / "lora", onto=other, embeddings=True, **settings)
+    found, expected = read(f"{other}+{folder}"), state(merged)
+    assert_same_tensors(found, expected, rtol=2e-6, atol=2e-7)
+    assert not np.array_equal(found["model.embed_tokens.weight"], state(other)["model.embed_tokens.weight"])
 
 
 EXPERTS = {
@@ -548,7 +579,11 @@ WRONG: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "a head that is the embedding": (
         tensors(lambda own: own.update({"base_model.model.lm_head.weight": np.zeros((64, 48), np.float32)})),
-        ("lm_head",),
+        ("lm_head.weight: changes the head, which is the embedding", "tie_word_embeddings"),
+    ),
+    "an adapter of a head that is the embedding": (
+        tensors(lambda own: own.update({"base_model.model.lm_head.lora_A.weight": np.zeros((4, 48), np.float32)})),
+        ("lm_head: changes the head, which is the embedding", "tie_word_embeddings"),
     ),
     "not a number": (
         tensors(lambda own: own[f"{Q}.lora_A.weight"].fill(np.nan)), (ADAPTER_FILE, "q_proj", "NaN or Inf"),

@@ -32,7 +32,7 @@ from evojax_merge.checkpoints.decoder_folder import DecoderFolder, TensorSlice, 
 from evojax_merge.checkpoints.folder import Folder, Tensor, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, nearest, shown
-from evojax_merge.models.architecture import EMBEDDING, HEAD, Architecture, Leaf, known_architecture
+from evojax_merge.models.architecture import EMBEDDING, Architecture, Leaf
 from evojax_merge.models.config_keys import FINITE, TEXTS, Expected, whole
 from evojax_merge.schema.patterns import pattern_matches
 
@@ -50,6 +50,9 @@ PART = re.compile(
 ROWS = "trainable_tokens_delta"
 # PEFT wraps a module once for each of its adapted parameters, the first one innermost.
 WRAPPED = ".base_layer"
+WRAPPERS = re.compile(r"(\.token_adapter)?(\.base_layer)+(?=\.)")
+# PEFT may write a module that was trained as a whole three times: by its own name, and with one of these behind it.
+COPIES = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 # Keys of adapter_config.json that change an adapter's meaning in ways that a low-rank sum cannot express.
 REFUSED_KEYS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
@@ -220,20 +223,26 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
     # A packed tensor, such as that of all experts, is replaced by its parts: an adapter's modules are as small as the
     # parts.
     parts_in_file = {decoder.names.in_file(name): tensor for name, tensor in decoder.entries.items()}
-    kind, in_file = Folder, {**decoder.other_modules, **parts_in_file}
+    kind, in_file, tied_head = Folder, {**decoder.other_modules, **parts_in_file}, None
     embedding = None if architecture is None else architecture.leaf(EMBEDDING)
-    is_tied = bool(decoder.config.get("tie_word_embeddings", False))
-    if embedding is not None and head is not None and is_tied:
+    shared = None if embedding is None else decoder.entries.get(embedding.tensor)
+    is_tied = decoder.config.get("tie_word_embeddings", False)
+    if embedding is not None and head is not None and shared is not None and is_tied:
+        pair = (decoder.in_memory(embedding.tensor), decoder.in_memory(head))
         # The adapter unties the two where either was trained as a whole module, and it does not tie them.
-        is_saved = any(config.saves(decoder.in_memory(name)) for name in (embedding.tensor, head))
-        if is_saved and not config.ties_weights:
+        if any(map(config.saves, pair)) and not config.ties_weights:
             kind = UntiedFolder
-            names[decoder.in_memory(head)] = decoder.names.in_file(head)
-            in_file[decoder.names.in_file(head)] = decoder.entries[embedding.tensor]
+            names[pair[1]] = decoder.names.in_file(head)
+            in_file[decoder.names.in_file(head)] = shared
+        else:
+            tied_head = pair[1]
+            tensors = _without_head(config, tensors, pair, shared)
     base = kind(base.path, in_file)
     replaced, saved = dict[str, Tensor](), dict[str, str]()
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        if (trained := COPIES.sub("", key)) != key and trained in tensors:
+            continue
         if not is_float(tensor.dtype):
             raise InputError(tensor.file, f"{key} holds {tensor.dtype}; expected float weights (a quantised adapter?)")
         inner = key.removeprefix(PREFIX)
@@ -246,20 +255,17 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
             modules[module][kind_of_part] = tensor
         elif "lora_" in inner:
             raise InputError(tensor.file, f"{key}: a part of an adapter that is not known; expected lora_A and lora_B")
-        elif config.ties_weights and head is not None and inner == decoder.in_memory(head) and is_tied:
-            continue  # PEFT saves the embedding again under this name.
         else:
-            name = _find(base, names, tensor, key, inner.replace(".base_layer.", "."))
+            name = _find(base, names, tied_head, tensor, key, WRAPPERS.sub("", inner))
             if name in saved:
                 raise InputError(
                     tensor.file, f"holds {name} twice: as {saved[name]} and as {key}; expected one of them"
                 )
             saved[name] = key
             _check_saved(base, config, name, tensor, key)
-            # PEFT also saves modules that it only wraps, such as an embedding with an adapter.
-            wrapped = base.entries[name]
-            is_copy = tensor.dtype == wrapped.dtype and ".base_layer." in inner
-            if not is_copy or not np.array_equal(tensor.load(), wrapped.load()):
+            # PEFT also saves modules that it only wraps, and the embedding and the head of a base of another size.
+            own = base.entries[name]
+            if config.saves(name) or tensor.dtype != own.dtype or not np.array_equal(tensor.load(), own.load()):
                 replaced[name] = tensor
     entries = {**base.entries, **replaced}
     experts = _wrapped_modules(config, parameters)
@@ -267,7 +273,7 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
         if module in experts:
             entries |= _adapted_experts(config, experts[module], decoder, entries, parts)
             continue
-        name = _find(base, names, next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
+        name = _find(base, names, tied_head, next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
         # A known module's class decides, as in PEFT, whether its weight is stored as `[in, out]`.
         leaf = None if architecture is None else architecture.leaf_of(decoder.names.of_architecture(name))
         transposed = config.fan_in_fan_out if architecture is None else leaf is not None and leaf.transposed
@@ -287,10 +293,35 @@ class UntiedFolder(Folder):
         return super().config | {"tie_word_embeddings": False}
 
 
-def _find(base: Folder, names: Mapping[str, str], tensor: Tensor, key: str, name: str) -> str:
+def _without_head(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], pair: tuple[str, str], shared: Tensor
+) -> dict[str, Tensor]:
+    """An adapter's tensors without those of a tied head that say the same as the embedding's. pair: the names of
+    embedding and head; shared: the base's tensor of both."""
+    embedding, head = (f"{PREFIX}{name.removesuffix('weight')}" for name in pair)
+    plain = {WRAPPERS.sub("", key): tensor for key, tensor in tensors.items()}
+
+    def is_copy(key: str, tensor: Tensor) -> bool:
+        name = WRAPPERS.sub("", key)
+        if not name.startswith(head):
+            return False
+        if config.ties_weights and name == f"{head}weight":
+            return True
+        other = plain.get(name.replace(head, embedding, 1), shared)
+        return tensor.shape == other.shape and np.array_equal(tensor.load(), other.load())
+
+    return {key: tensor for key, tensor in tensors.items() if not is_copy(key, tensor)}
+
+
+def _find(base: Folder, names: Mapping[str, str], tied_head: str | None, tensor: Tensor, key: str, name: str) -> str:
     """The base's name of the tensor that PEFT calls `name`; checkpoints of some families omit the first part of a name.
     names: the decoder's tensor names in memory -> in the file. Raises InputError where the base has no such tensor, and
-    for a tied head."""
+    for a tied head, whose name in memory is `tied_head`."""
+    if tied_head is not None and _ends_with(name, [tied_head]):
+        raise InputError(
+            tensor.file, f"{key}: changes the head, which is the embedding in {base.path} (tie_word_embeddings); "
+            "expected a base with a head of its own",
+        )  # fmt: skip
     candidates = (name, names.get(name), name.partition(".")[2])
     base_name = next(
         (candidate for candidate in candidates if candidate is not None and candidate in base.entries), None
@@ -301,13 +332,6 @@ def _find(base: Folder, names: Mapping[str, str], tensor: Tensor, key: str, name
         raise InputError(
             tensor.file, f"{key}: the base {base.path} has no tensor {name}{hint}; expected an adapter of this base"
         )
-    architecture = known_architecture(base.config.get("model_type"))
-    head = None if architecture is None else architecture.leaf(HEAD)
-    if head is not None and base_name == head.tensor and base.config.get("tie_word_embeddings", False):
-        raise InputError(
-            tensor.file, f"{key}: changes the head, which is the embedding in {base.path} (tie_word_embeddings); "
-            "expected a base with a head of its own",
-        )  # fmt: skip
     return base_name
 
 
