@@ -562,6 +562,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         tensors(lambda own: own.update({f"{Q}.lora_A.weight": np.zeros((4, 50), np.float32)})),
         (ADAPTER_FILE, f"{Q}.lora_A has shape [4, 50]", "expected [4, 48]"),
     ),
+    "the embedding of a larger base": (
+        tensors(lambda own: own.update({f"{EMBEDDED}.weight": np.zeros((70, 48), np.float32)})),
+        (f"{EMBEDDED}.weight has shape [70, 48]", "resize_token_embeddings(70)", "name COPY+ADAPTER"),
+    ),
     "a module that the base lacks": (
         tensors(lambda own: own.update({Q.replace("q_proj", "qkv") + ".lora_A.weight": np.zeros((4, 48), "f4")})),
         (ADAPTER_FILE, "self_attn.qkv", "has no tensor"),

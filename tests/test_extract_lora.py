@@ -241,12 +241,20 @@ def test_models_that_make_no_adapter_are_refused(tmp_path: Path) -> None:
     base, tuned = pair("llama", tmp_path)
     save(random_model(tiny_config("llama", num_hidden_layers=2)), tmp_path / "short")
     save(random_model(tiny_config("qwen2")), tmp_path / "other")
+    save(random_model(tiny_config("llama", vocab_size=VOCAB + 6)), tmp_path / "more tokens")
+    save(random_model(tiny_config("llama", tie_word_embeddings=True)), tmp_path / "tied")
     shutil.copytree(base, tmp_path / "copy")
     for model, options, says in (
         (tmp_path / "copy", (), "no matrix differs"),
         (base, (), "is its own base"),
         (tmp_path / "short", (), "models of different widths cannot be merged; `evojax-merge inspect`"),
         (tmp_path / "other", (), "(merge --allow-crimes merges them"),
+        (
+            tmp_path / "more tokens",
+            (),
+            "save a copy of the base with 70 rows (transformers' resize_token_embeddings(",
+        ),
+        (base, ("--base", tmp_path / "tied"), "save a copy of the base with a head of its own"),
         (tuned, ("--include-regex", "("), "--include-regex: the pattern '(' is not a regular expression"),
         (tuned, ("--energy", "1.5"), "--energy"),
         (tuned, ("--max-rank", "0"), "--max-rank"),

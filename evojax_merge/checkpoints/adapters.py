@@ -28,6 +28,7 @@ from evojax_merge.checkpoints.adapted_tensors import (
     ExpertColumns,
     TrainedRows,
 )
+from evojax_merge.checkpoints.config_file import decoder_settings
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, TensorSlice, decoder_of
 from evojax_merge.checkpoints.folder import Folder, Tensor, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
@@ -209,7 +210,7 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
             adapter, "holds its adapter as a pickle, which can run code when it is read; convert it once with peft "
             "(save_pretrained writes safetensors)",
         )  # fmt: skip
-    tensors = read_header(file)
+    tensors: Mapping[str, Tensor] = read_header(file)
     if not tensors:
         raise InputError(file, "holds no tensor; expected those of an adapter")
     decoder = decoder_of(base)
@@ -335,14 +336,24 @@ def _find(base: Folder, names: Mapping[str, str], tied_head: str | None, tensor:
     return base_name
 
 
+def resized_base(rows: int) -> str:
+    """What to do with a base of another number of tokens' rows than an adapter needs."""
+    return f"save a copy of the base with {rows} rows (transformers' resize_token_embeddings({rows}))"
+
+
 def _check_saved(base: Folder, config: AdapterConfig, name: str, tensor: Tensor, key: str) -> None:
     """Raises InputError where a tensor cannot replace the base's: for another shape, and for an embedding that was
     trained apart from a tied head."""
     expected = base.entries[name].shape
     if tensor.shape != expected:
+        is_of_tokens = decoder_settings(base.config).get("vocab_size") == expected[0]
+        advice = ""
+        if is_of_tokens and tensor.shape[1:] == expected[1:]:
+            advice = f"; {resized_base(tensor.shape[0])}, and name COPY+ADAPTER"
         raise InputError(
             tensor.file, f"{key} has shape {list(tensor.shape)}; the base {base.path} has {list(expected)} for {name}"
-        )
+            f"{advice}",
+        )  # fmt: skip
     if (
         config.saves(name)
         and not config.ties_weights

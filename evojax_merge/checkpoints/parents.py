@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evojax_merge.checkpoints.adapters import resized_base
 from evojax_merge.checkpoints.config_file import NO_CONFIG
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.derived import open_model
@@ -405,12 +406,17 @@ def _check_shapes(sources: Sources, configs: Sequence[DecoderConfig]) -> None:
                 raise InputError(folder.path, f"{name} has shape {list(shape)}; its config says {list(expected)}")
 
 
-def shapes_differ(sources: Sources, tensor: tuple[int, str], other: tuple[int, str]) -> InputError:
-    """The error about two sources' tensors, with the shapes that their files have."""
+def shapes_differ(
+    sources: Sources, tensor: tuple[int, str], other: tuple[int, str], *, extracts: bool = False
+) -> InputError:
+    """The error about two sources' tensors, with the shapes that their files have. extracts: the first source becomes
+    an adapter of the other one, and its tokens stay."""
     shape, expected = sources.entry(*tensor).shape, sources.entry(*other).shape
     advice = "models of different widths cannot be merged; `evojax-merge inspect` compares them"
     if sources.has_rows(tensor[1]) and shape[1:] == expected[1:]:
         advice = "say tokenizer_source: base (or one of the models), so that rows are aligned by token"
+        if extracts:
+            advice = resized_base(shape[0])
     first, second = (sources.folders[number].path for number in (tensor[0], other[0]))
     return InputError(first, f"{tensor[1]} has shape {list(shape)}, but {list(expected)} in {second}; {advice}")
 

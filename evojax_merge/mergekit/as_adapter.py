@@ -200,10 +200,12 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int | None = None, option: st
         spec, entry = merge_plan.specs[name], base.entries.get(tensor)
         if entry is None or entry.shape != spec.shape:
             actual = "no such tensor" if entry is None else f"{list(entry.shape)}"
+            advice = "an adapter changes neither tokens nor layers"
+            if entry is None and tensor == base.names.own_head:
+                advice = "save a copy of the base with a head of its own (equal to its embedding, and no longer tied)"
             raise InputError(
-                recipe.where, f"the merge has {name} {list(spec.shape)}, and the base {base.path} {actual}; an adapter "
-                "changes neither tokens nor layers",
-            )  # fmt: skip
+                recipe.where, f"the merge has {name} {list(spec.shape)}, and the base {base.path} {actual}; {advice}"
+            )
         if len(spec.shape) > 2:
             raise InputError(option, f"{name} has shape {list(spec.shape)}; expected matrices and vectors")
         leaf = architecture.leaf_of(tensor)

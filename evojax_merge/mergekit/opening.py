@@ -274,7 +274,7 @@ def check_inputs(recipe: RecipeFile, sources: Sources, tensor_plan: TensorPlan) 
     (first, name), *others = tensor_plan.inputs
     for s, key in others:
         if sources.shape(s, key) != sources.shape(first, name):
-            raise shapes_differ(sources, (s, key), (first, name))
+            raise shapes_differ(sources, (s, key), (first, name), extracts=recipe.where == "extract-lora")
         dtype, expected = sources.entry(s, key).dtype, sources.entry(first, name).dtype
         if is_float(dtype) != is_float(expected):
             where, other = sources.folders[s].path, sources.folders[first].path
