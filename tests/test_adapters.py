@@ -18,7 +18,17 @@ from helpers.commands import assert_refused, command, refusal, run_here
 from helpers.families import Family
 from helpers.files import edit_json, read_json, write_lines
 from helpers.mergekit import assert_same_tensors, merge_by_mergekit
-from helpers.models import even_records, finetune, random_model, random_records, save, state, tiny_config
+from helpers.models import (
+    even_records,
+    finetune,
+    random_model,
+    random_records,
+    save,
+    state,
+    tiny_config,
+    word_tokenizer,
+    words,
+)
 from helpers.sampling import sample
 from helpers.searches import search_config, task_section
 from hostile import changing
@@ -29,6 +39,7 @@ import evojax_merge as em
 from evojax_merge.checkpoints.adapter_writer import AdapterWriter
 from evojax_merge.checkpoints.adapters import ADAPTER_FILE
 from evojax_merge.checkpoints.derived import open_model, reference_to, resolve_model
+from evojax_merge.checkpoints.tokens import chat_template, load_tokenizer
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.as_adapter import AdapterOptions, prepare_adapter, write_as_adapter
 from evojax_merge.mergekit.execute import merge_to, prepare
@@ -226,6 +237,53 @@ def test_an_adapter_alone_stands_for_its_base_with_it(lora: tuple[Path, Path], f
     assert alone == named
     assert reference_to(alone) == f"{family.base}+{lora[0]}"
     assert (alone / "config.json").read_bytes() == (family.base / "config.json").read_bytes()
+
+
+def with_tokens(tokens: list[str]) -> Callable[[Path], Any]:
+    def write(folder: Path) -> None:
+        tokenizer = word_tokenizer(tokens)
+        tokenizer.chat_template = "mine"
+        tokenizer.save_pretrained(folder)
+
+    return write
+
+
+# What an adapter's folder holds: the chat template and the last token of the model, and the words of a warning.
+TOKENIZERS: dict[str, tuple[Callable[[Path], Any], str | None, str, tuple[str, ...]]] = {
+    "tokens of its own": (with_tokens([*words()[:-1], "<|im_end|>"]), "mine", "<|im_end|>", ()),
+    "fewer tokens than the model has rows": (with_tokens(words()[:-1]), "mine", "w62", ()),
+    "a template alone": (lambda folder: (folder / "chat_template.jinja").write_text("mine"), "mine", "w63", ()),
+    "more tokens than the model has rows": (
+        with_tokens([*words(), "<|im_end|>"]), None, "w63", ("'<|im_end|>'", "number 64", "64 rows", "resized"),
+    ),
+    "a damaged tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{"), None, "w63", ("cannot be loaded", "repair"),
+    ),
+    "a tokenizer of a link to nothing": (
+        lambda folder: (folder / "tokenizer.json").symlink_to(folder / "nothing"), None, "w63", (),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_model_has_the_tokenizer_of_its_adapter_where_the_tokens_fit(
+    case: str, lora: tuple[Path, Path], family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, template, last, says = TOKENIZERS[case]
+    plain = resolve_model("test", f"{family.base}+{lora[0]}", Path())
+    change(lora[0])
+    for weights in (True, False):
+        model = resolve_model("test", f"{family.base}+{lora[0]}", Path(), weights=weights)
+        numbers = load_tokenizer(model).get_vocab()
+        assert (chat_template(model), max(numbers, key=numbers.__getitem__)) == (template, last)
+        assert (model == plain) == (template is None)
+    if template is not None:
+        (lora[0] / "chat_template.jinja").write_text("another")
+        changed = resolve_model("test", f"{family.base}+{lora[0]}", Path())
+        assert changed != model and chat_template(changed) == "another"
+    warned = capsys.readouterr().err
+    assert warned.count("warning: ") == bool(says) and all(part in warned for part in says), warned
+    assert f"{plain.parent}" not in warned
 
 
 def test_folders_with_a_plus_in_their_names_are_found(lora: tuple[Path, Path], family: Family, tmp_path: Path) -> None:

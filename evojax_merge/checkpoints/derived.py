@@ -2,9 +2,9 @@
 
 `base+adapter` (mergekit's notation), an adapter alone, whose base its config names, a GGUF file, a quantised folder and
 an image generator, in a folder or in a single file, with a LoRA are such models. Each such model has a folder in the
-user's cache, with everything but weights (config and tokenizer: links to the base's, or made of the GGUF file), and
-with a file `SOURCES` that names the files that the weights are made of. All other code handles this folder like any
-other model's; messages name the original files.
+user's cache, with everything but weights (config and tokenizer: links to the base's or the adapter's, or made of the
+GGUF file), and with a file `SOURCES` that names the files that the weights are made of. All other code handles this
+folder like any other model's; messages name the original files.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, is_adapter, open_a
 from evojax_merge.checkpoints.bitsandbytes import dequantise_bitsandbytes
 from evojax_merge.checkpoints.compressed_tensors import dequantise_compressed_tensors
 from evojax_merge.checkpoints.config_file import check_unquantised
+from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.folder import DTYPES, INDEX_FILE, SMALL_FILES, Folder, file_hash, open_folder
 from evojax_merge.checkpoints.fp4 import dequantise_modelopt, dequantise_mxfp4
 from evojax_merge.checkpoints.fp8 import dequantise_fp8
@@ -41,9 +42,9 @@ from evojax_merge.checkpoints.mlx import WITH_WORDS, dequantise_mlx
 from evojax_merge.checkpoints.pipelines import is_pipeline
 from evojax_merge.checkpoints.quantised import QuantisedFolder, check_no_parts, dequantised_config, quantisation
 from evojax_merge.checkpoints.references import local_path, resolve, split_revision
-from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
+from evojax_merge.checkpoints.tokens import TOKENIZER_FILES, has_tokenizer, load_tokenizer
 from evojax_merge.checkpoints.writer import MARKER
-from evojax_merge.errors import InputError, name_in_messages
+from evojax_merge.errors import InputError, name_in_messages, print_warning, shown
 from evojax_merge.models.config_keys import TEXTS
 from evojax_merge.system.data_packages import cache_folder
 from evojax_merge.system.file_system import atomic_folder, remove_file, remove_link
@@ -194,8 +195,8 @@ def resolve_model(
     weights: bool = True,
 ) -> Path:
     """The folder of a model, which `reference` names by a name that `find` takes, by `base+adapter`, or by an adapter
-    whose config names its base. `find` may return a GGUF file. Without `weights`: a folder with the model's tokenizer,
-    which an adapter does not change.
+    whose config names its base. `find` may return a GGUF file. Without `weights`: a folder with the model's tokenizer;
+    which one a model with an adapter has, depends on weights.
 
     `find` also resolves the names around a +; a local folder whose own name has a + comes first. `where`: the place of
     the reference, for messages; made: names that stand for folders of this process, before any others. Raises
@@ -206,9 +207,10 @@ def resolve_model(
         return name in made or local_path(name, relative_to) is not None
 
     base, adapter = split_reference(reference, exists)
-    if not weights:
+    if not weights and adapter is None:
         model = made[base] if base in made else find(where, base, relative_to, weights=False)
-        return _as_folder(model) if model.is_file() else model
+        if not is_adapter(model):
+            return _as_folder(model) if model.is_file() else model
     if adapter is not None:
         where = f"{where}: {reference}"
         several = [name for name in (base, adapter) if "+" in name and not exists(name)]
@@ -279,10 +281,54 @@ def ignored_revisions(references: Iterable[str | None], relative_to: Path) -> li
 
 
 def _with_adapter(base: Path, adapter: Path) -> Path:
-    """The folder that stands for a base with an adapter: with links to the base's files that are no weights."""
-    files = _small_files(base)
-    sources = ModelSources("adapter", (str(base), str(adapter)))
-    return _stand_in(sources, f"{base.name}+{adapter.name}", sorted(files), partial(_link, files))
+    """The folder that stands for a base with an adapter: with links to the base's files that are no weights, and to the
+    adapter's of a tokenizer in place of the base's where its tokens have rows in the model."""
+    files, sources = _small_files(base), ModelSources("adapter", (str(base), str(adapter)))
+    stand_in = partial(_stand_in, sources, f"{base.name}+{adapter.name}")
+    beside = _small_files(adapter).items()
+    own = {name: file for name, file in beside if _is_of_tokenizer(name) and os.path.exists(file)}
+    if own:
+        # A chat template by itself goes with the base's tokenizer.
+        is_whole = has_tokenizer(adapter)
+        kept = {name: file for name, file in files.items() if not (is_whole and _is_of_tokenizer(name))}
+        states = [(name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for name, file in sorted(own.items())]
+        folder = stand_in([sorted(kept), states], partial(_link, kept | own))
+        if _tokens_have_rows(folder, base, adapter):
+            return folder
+    return stand_in(sorted(files), partial(_link, files))
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    return name in (*TOKENIZER_FILES, "chat_templates") or name.endswith((".model", ".tiktoken"))
+
+
+@cache
+def _tokens_have_rows(folder: Path, base: Path, adapter: Path) -> bool:
+    """Return whether the tokenizer of an adapted model has no token beyond the rows of the model's embedding. Warns
+    where it has, or cannot be loaded, once in a process."""
+    # That module opens models by this one.
+    from evojax_merge.checkpoints.parents import Sources
+
+    try:
+        sources = Sources((decoder_of(open_model(folder)),))
+        rows = sources.shape(0, sources.token_tensors.embedding)[0]
+    except (InputError, LookupError):
+        # Whoever opens the model says what is wrong with it.
+        return False
+    try:
+        numbers = load_tokenizer(folder).get_vocab()
+    except InputError as error:
+        print_warning(f"{error}; the tokenizer of {base} is used in place of that of {adapter}: repair or remove it")
+        return False
+    last = max(numbers, key=numbers.__getitem__, default="")
+    if numbers.get(last, -1) < rows:
+        return True
+    print_warning(
+        f"{adapter}: its tokenizer gives {shown(last)} the number {numbers[last]:,}, but the adapted model has "
+        f"{rows:,} rows; the tokenizer of {base} is used; save the adapter with the embedding that was resized for it "
+        "(peft's save_embedding_layers=True), or remove its tokenizer"
+    )
+    return False
 
 
 def _small_files(model: Path) -> dict[str, str]:

@@ -140,7 +140,7 @@ def prepare_stream(
 
         def find_model(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
             model_folder = find(where, reference, relative_to, made=folders, weights=weights)
-            if weights and stage_of(reference, folders) not in (None, reference):
+            if stage_of(reference, folders) not in (None, reference):
                 # The folder stands for a stage with an adapter, and is useless without the stage.
                 stack.callback(remove_folder, model_folder)
                 folders[reference] = model_folder
