@@ -239,6 +239,17 @@ def test_an_adapter_alone_stands_for_its_base_with_it(lora: tuple[Path, Path], f
     assert (alone / "config.json").read_bytes() == (family.base / "config.json").read_bytes()
 
 
+def test_an_adapter_beside_a_config_is_one_and_beside_weights_a_warning(
+    lora: tuple[Path, Path], family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(family.base / "config.json", lora[0])
+    assert reference_to(resolve_model("test", str(lora[0]), Path())) == f"{family.base}+{lora[0]}"
+    shutil.copy(family.base / "model.safetensors", lora[0])
+    assert resolve_model("test", str(lora[0]), Path()) == lora[0]
+    assert f"{lora[0]}: holds an adapter beside its weights, which is not applied" in capsys.readouterr().err
+    assert_same_tensors(read(f"{lora[0]}+{lora[0]}"), state(lora[1]), rtol=2e-6, atol=2e-7)
+
+
 def with_tokens(tokens: list[str]) -> Callable[[Path], Any]:
     def write(folder: Path) -> None:
         tokenizer = word_tokenizer(tokens)

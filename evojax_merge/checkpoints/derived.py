@@ -17,7 +17,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, is_adapter, open_adapted, read_adapter_config
+from evojax_merge.checkpoints.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    is_adapter,
+    open_adapted,
+    read_adapter_config,
+)
 from evojax_merge.checkpoints.bitsandbytes import dequantise_bitsandbytes
 from evojax_merge.checkpoints.compressed_tensors import dequantise_compressed_tensors
 from evojax_merge.checkpoints.config_file import check_unquantised
@@ -239,6 +245,10 @@ def resolve_model(
             raise InputError(where, f"{adapter}: holds no {ADAPTER_CONFIG}; expected an adapter as peft saves it")
         return _with_adapter(base_folder, folder)
     if not is_adapter(model):
+        if (model / ADAPTER_CONFIG).is_file() and (model / ADAPTER_FILE).exists():
+            print_warning(
+                f"{model}: holds an adapter beside its weights, which is not applied; {base}+{base} applies it"
+            )
         return _as_folder(model)
     named = read_adapter_config(model).base
     if named is None:
