@@ -899,11 +899,12 @@ def test_a_place_on_no_disk_is_not_called_full() -> None:
 
 
 def test_a_stored_head_that_differs_is_the_head_though_the_config_ties_it(tmp_path: Path) -> None:
-    """transformers takes it as well; a copy of the embedding is none of its own."""
+    """transformers takes it as well; a copy of the embedding is none of its own, and is it where it is alone."""
     folder = save(random_model(tiny_config(tie_word_embeddings=True)), tmp_path / "model", words())
     tensors, tokens = load_file(folder / "model.safetensors"), np.arange(3, 12)[None]
-    for factor in (1, 2):
+    for factor, left_out in ((1, ""), (2, ""), (1, "model.embed_tokens.weight")):
         stored = tensors | {"lm_head.weight": factor * tensors["model.embed_tokens.weight"]}
+        stored.pop(left_out, None)
         save_file(stored, folder / "model.safetensors", {"format": "pt"})
         expected = torch_logits(load_torch(folder), tokens)
         np.testing.assert_allclose(stored_logits(folder, tokens), expected, atol=1e-4)

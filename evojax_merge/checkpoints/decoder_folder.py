@@ -249,6 +249,20 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
     return np.array_equal(first, second)
 
 
+def with_embedding(folder: Folder) -> Folder:
+    """The folder with the head of a tied model for its embedding, where its files store the head alone: safetensors'
+    save_model keeps one name of the two."""
+    architecture = known_architecture(folder.config.get("model_type"))
+    head = folder.entries.get(LM_HEAD)
+    if architecture is None or head is None or not (architecture.defaults | folder.config).get("tie_word_embeddings"):
+        return folder
+    embedding = architecture.leaf(EMBEDDING)
+    if embedding is None or embedding.tensor in folder.entries:
+        return folder
+    others = {name: entry for name, entry in folder.entries.items() if name != LM_HEAD}
+    return replace(folder, entries={embedding.tensor: head, **others})
+
+
 def decoder_of(folder: Folder, *, with_aside: bool = False) -> DecoderFolder:
     """The decoder of a folder; the whole folder where its architecture is unknown. Leaves out the buffers that earlier
     files hold. with_aside: tensors that the forward pass does not run (`Architecture.aside`) are among the decoder's,

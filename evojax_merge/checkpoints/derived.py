@@ -27,7 +27,7 @@ from evojax_merge.checkpoints.adapters import (
 from evojax_merge.checkpoints.bitsandbytes import dequantise_bitsandbytes
 from evojax_merge.checkpoints.compressed_tensors import dequantise_compressed_tensors
 from evojax_merge.checkpoints.config_file import check_unquantised
-from evojax_merge.checkpoints.decoder_folder import decoder_of
+from evojax_merge.checkpoints.decoder_folder import decoder_of, with_embedding
 from evojax_merge.checkpoints.folder import DTYPES, INDEX_FILE, SMALL_FILES, Folder, file_hash, open_folder
 from evojax_merge.checkpoints.fp4 import dequantise_modelopt, dequantise_mxfp4
 from evojax_merge.checkpoints.fp8 import dequantise_fp8
@@ -143,7 +143,7 @@ def open_model(path: Path) -> Folder:
         raise InputError(path, "has no tensor; expected the weights of a model")
     if not sources.kind and folder.config:
         check_no_parts(folder.entries, None)
-    return folder
+    return with_embedding(folder)
 
 
 def reference_to(path: Path) -> str:
