@@ -685,7 +685,10 @@ def test_what_cannot_be_merged_is_refused_by_name(case: str, one_lora: Path, fam
 
 
 def test_references_that_name_no_adapter_are_refused(lora: tuple[Path, Path], family: Family, tmp_path: Path) -> None:
+    for step in (1000, 500):
+        shutil.copytree(lora[0], tmp_path / f"steps/checkpoint-{step}")
     for reference, says in (
+        (f"{family.base}+{tmp_path / 'steps'}", rf"did you mean {family.base}\+{tmp_path}/steps/checkpoint-1000\?"),
         (f"{family.base}+{tmp_path / 'nothing'}", "no such folder"),
         (f"{family.base}+{family.base}", "holds no adapter_config.json"),
         (f"{lora[0]}+{lora[0]}", "is an adapter"),

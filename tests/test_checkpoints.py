@@ -917,6 +917,7 @@ def test_a_stored_head_that_differs_is_the_head_though_the_config_ties_it(tmp_pa
     ("place", "says"),
     [
         ("checkpoint-500/model.safetensors", "did you mean {path}/checkpoint-500?"),
+        ("checkpoint-500/adapter_config.json", "did you mean {path}/checkpoint-500?"),
         ("snapshots/0a1b/model.safetensors.index.json", "did you mean {path}/snapshots/0a1b?"),
         ("pytorch_model_fsdp_0/__0_0.distcp", "accelerate merge-weights"),
         ("notes/readme.txt", "expected safetensors weights"),
@@ -930,9 +931,23 @@ def test_a_folder_without_weights_names_those_inside_of_it(place: str, says: str
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
-def test_names_of_a_wrapper_are_named(prefix: str, family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("inside", "wrapper", "says"),
+    [
+        ("", "module.", "begin with 'module.'"),
+        ("", "_orig_mod.", "begin with '_orig_mod.'"),
+        ("", "module._orig_mod.", "begin with 'module._orig_mod.'"),
+        ("", "_fsdp_wrapped_module.", "begin with '_fsdp_wrapped_module.'"),
+        ("", "base_model.model.", "begin with 'base_model.model.'"),
+        ("model.layers.0.", "_orig_mod.", "hold '_orig_mod.'"),
+    ],
+)
+def test_names_of_a_wrapper_are_named(inside: str, wrapper: str, says: str, family: Family, tmp_path: Path) -> None:
     shutil.copytree(family.base, tmp_path / "model")
     tensors = load_file(family.base / "model.safetensors")
-    save_file({prefix + name: tensor for name, tensor in tensors.items()}, tmp_path / "model/model.safetensors")
-    assert_refused([f"begin with '{prefix}'", "torch.compile"], *linear_merge(tmp_path, tmp_path / "model"))
+    wrapped = {
+        inside + wrapper + name.removeprefix(inside) if name.startswith(inside) else name: tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(wrapped, tmp_path / "model/model.safetensors")
+    assert_refused([says, "torch.compile"], *linear_merge(tmp_path, tmp_path / "model"))

@@ -11,7 +11,8 @@ from typing import Any
 
 from evojax_merge.checkpoints.config_file import check_values
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder
-from evojax_merge.checkpoints.folder import Tensor, is_float, wrapper_hint
+from evojax_merge.checkpoints.folder import Tensor, is_float
+from evojax_merge.checkpoints.hints import WRAPPERS, wrapper_hint
 from evojax_merge.checkpoints.parents import EMBEDDINGS, find_token_tensors, tensor_shapes
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import HEAD, find_architecture
@@ -46,7 +47,7 @@ Size = tuple[int | None, ...]
 
 def depth_error(folder: DecoderFolder, depth: object, layers: int) -> InputError:
     """The error of a config with another number of layers than the tensors have."""
-    hint = wrapper_hint({name.partition(".")[2] for name in folder.entries}, folder.entries)
+    hint = wrapper_hint({WRAPPERS.sub("", name) for name in folder.entries if WRAPPERS.match(name)}, folder.entries)
     return InputError(folder.where, f"num_hidden_layers: {depth}, but its tensors are of {layers}{hint}")
 
 

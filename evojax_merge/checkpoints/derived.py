@@ -43,6 +43,7 @@ from evojax_merge.checkpoints.gguf_file import (
     write_tokenizer,
 )
 from evojax_merge.checkpoints.gptq import dequantise_auto_round, dequantise_awq, dequantise_gptq
+from evojax_merge.checkpoints.hints import inner_folder
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.mlx import WITH_WORDS, dequantise_mlx
 from evojax_merge.checkpoints.pipelines import is_pipeline
@@ -242,7 +243,9 @@ def resolve_model(
             return _stand_in(sources, f"{model.name}+{lora.stem}", state, write)
         base_folder, folder = _as_folder(model), find(where, adapter, relative_to)
         if not (folder / ADAPTER_CONFIG).is_file():
-            raise InputError(where, f"{adapter}: holds no {ADAPTER_CONFIG}; expected an adapter as peft saves it")
+            inside = inner_folder(folder, ADAPTER_CONFIG)
+            advice = "expected an adapter as peft saves it" if inside is None else f"did you mean {base}+{inside}?"
+            raise InputError(where, f"{adapter}: holds no {ADAPTER_CONFIG}; {advice}")
         return _with_adapter(base_folder, folder)
     if not is_adapter(model):
         if (model / ADAPTER_CONFIG).is_file() and (model / ADAPTER_FILE).exists():

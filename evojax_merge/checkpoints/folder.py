@@ -11,9 +11,8 @@ import hashlib
 import json
 import mmap
 import os
-import re
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
@@ -26,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from evojax_merge.checkpoints.hints import inner_folder
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.system.regular_file import (
@@ -73,9 +73,6 @@ PIPELINE_INDEX = "model_index.json"
 VARIANTS = ["*.fp16*.safetensors", "*.bf16*.safetensors", "*.non_ema*.safetensors", "*/*/*"]
 # Another program's names for the same weights, which some repositories hold beside the ones that transformers reads.
 FOREIGN_FILES = "consolidated*"
-# What DataParallel and torch.compile put before the names of a module's tensors.
-WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")
-
 
 # The slices of a tensor's first axes that a process needs, such as its devices' rows; empty: all of it.
 Part = tuple[slice, ...]
@@ -352,17 +349,6 @@ BEYOND_FLOAT32 = (2 - 2**-24) * 2.0**127
 _INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
 
 
-def wrapper_hint(missing: Collection[str], extra: Iterable[str]) -> str:
-    """The end of a message on tensors that a file lacks: it names the prefix where the tensors that it has in excess
-    are those behind one of a wrapper. Empty for others."""
-    for name in extra:
-        prefix = WRAPPERS.match(name)
-        if prefix is not None and name[prefix.end() :] in missing:
-            wrappers = "which DataParallel (module.) and torch.compile (_orig_mod.) add"
-            return f"; its names begin with {prefix[0]!r}, {wrappers}: save the state dict of the module inside"
-    return ""
-
-
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, as a safetensors index maps them. Raises InputError where the file is anything else, or
     names anything but safetensors files of its folder."""
@@ -529,11 +515,7 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
             "holds pickle files only, which can run code when they are read; convert it once with "
             "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) and use that folder",
         )
-    inside = (
-        file.parent for place in ("*", "snapshots/*") for name in (SINGLE_FILE, INDEX_FILE)
-        for file in path.glob(f"{place}/{name}")
-    )  # fmt: skip
-    model = next(inside, None)
+    model = inner_folder(path, SINGLE_FILE, INDEX_FILE, "adapter_config.json")
     advice = "expected safetensors weights, or a GGUF file by its own name"
     if model is not None:
         advice = f"did you mean {model}?"

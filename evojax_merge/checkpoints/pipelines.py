@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.allowed_classes import COMPONENTS, check_folder, is_kind, library_class
-from evojax_merge.checkpoints.folder import PICKLES, PIPELINE_INDEX, is_float, open_folder, wrapper_hint
+from evojax_merge.checkpoints.folder import PICKLES, PIPELINE_INDEX, is_float, open_folder
+from evojax_merge.checkpoints.hints import wrapper_hint
 from evojax_merge.checkpoints.json_files import read_json, read_json_object
 from evojax_merge.checkpoints.network_checks import check_counts, check_model, check_processor
 from evojax_merge.checkpoints.quiet import quiet_diffusers

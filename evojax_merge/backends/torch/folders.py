@@ -17,7 +17,8 @@ import torch
 from evojax_merge.backends.torch.network import Network, measures, to_torch
 from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG
 from evojax_merge.checkpoints.allowed_classes import check_folder, library_class
-from evojax_merge.checkpoints.folder import INDEX_FILE, PICKLES, read_header, wrapper_hint
+from evojax_merge.checkpoints.folder import INDEX_FILE, PICKLES, read_header
+from evojax_merge.checkpoints.hints import wrapper_hint
 from evojax_merge.checkpoints.json_files import read_json, read_json_object
 from evojax_merge.checkpoints.network_checks import check_counts, check_json, check_model
 from evojax_merge.checkpoints.quiet import quiet_transformers
