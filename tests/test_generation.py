@@ -199,6 +199,10 @@ def test_the_best_of_several_right_answers_counts(tmp_path: Path) -> None:
     assert isinstance(task, GenerationTask)
     assert score(task, ["coach", "coach"], ["bus", "car"], ["a bus", "cars"]).tolist() == [[1, 0], [1, 1], [1, 0]]
     assert score(task.subset([1]), ["car"]).tolist() == [[1]]
+    nested = {"target": "bus", "others": {"list": ["coach"]}}
+    write_lines(tmp_path / "data.jsonl", [{"prompt": "p"} | nested, {"prompt": "q"} | nested])
+    further = open_whole_task("tasks", config.model_copy(update={"accept": "others[list]"}), tmp_path)
+    assert score(further, ["coach", "bus"]).tolist() == [[1, 1]]
     for others, what in ((None, "others: missing"), ("bus", "no list of texts"), (["bus", 3], "no list of texts")):
         record = {"prompt": "p", "target": "bus"} | ({} if others is None else {"others": others})
         write_lines(tmp_path / "data.jsonl", [record])

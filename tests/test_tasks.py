@@ -226,11 +226,19 @@ def test_long_values_of_csv_are_read(tmp_path: Path) -> None:
     assert len(read_file(tmp_path / "a.csv")[0].fields["prompt"]) == 200_000
 
 
-@pytest.mark.parametrize("answer", [2, "green", "2", "C"])
-def test_multiple_choice_answers_by_number_or_text(answer: int | str, tmp_path: Path) -> None:
-    record = {"prompt": "grass is", "options": ["red", "blue", "green"], "label": answer}
-    path = write_lines(tmp_path / "task.jsonl", [record])
-    (example,) = examples_in(path, "multiple_choice", choices="options", answer="label")
+@pytest.mark.parametrize(
+    ("answer", "fields"),
+    [
+        *((answer, ("options", "label")) for answer in (2, "green", "2", "C")),
+        (2, ("mc1[options]", "mc1[label]")), (0, ("mc1[options]", "mc1[options][2]")), (1, ("options", "of[label]")),
+    ],
+)  # fmt: skip
+def test_multiple_choice_answers_by_number_or_text(
+    answer: int | str, fields: tuple[str, str], tmp_path: Path
+) -> None:  # fmt: skip
+    record: dict[str, Any] = {"options": ["red", "blue", "green"], "label": answer}
+    path = write_lines(tmp_path / "task.jsonl", [{"prompt": "grass is", "mc1": record, "of[label]": "C"} | record])
+    (example,) = examples_in(path, "multiple_choice", choices=fields[0], answer=fields[1])
     assert example.targets == (" red", " blue", " green")
     assert example.answer == 2
 

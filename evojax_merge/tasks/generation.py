@@ -24,7 +24,7 @@ from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import PromptConfig
 from evojax_merge.tasks.sampling import UNITS, SamplingConfig, length_scores
 from evojax_merge.tasks.task import SHARE_RIGHT, Opening, Responses, TaskKind
-from evojax_merge.tasks.templates import check_names_field
+from evojax_merge.tasks.templates import check_names_field, field_path, look_up
 from evojax_merge.tasks.text import (
     PromptedTask,
     TextTask,
@@ -86,7 +86,7 @@ class GenerationConfig(SamplingConfig, PromptConfig):
     stop: list[Text] = Field([], max_length=100, description="texts that end what a model writes")
     accept: Text | None = Field(
         None,
-        description="the field with further right answers, or all people's for vqa_accuracy; the best one counts",
+        description="the field, or field[key], of further right answers, or all for vqa_accuracy; the best one counts",
     )
     language: Text | None = Field(
         None, description="an answer in another language scores 0, where it is long enough to tell; default: any"
@@ -222,11 +222,12 @@ KIND = TaskKind(GenerationConfig, open_generation, source="file")
 def _accepted(place: str, record: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """The further right answers of a record, each a text, or in a field `answer`, as VQA has them. Raises InputError
     where the field is missing, or is no list of texts."""
-    answers = record.get(name)
+    path = field_path(name, record)
+    answers = look_up(place, "accept", path, record) if len(path) > 1 else record.get(name)
     if isinstance(answers, list):
         answers = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        what = "missing" if name not in record else f"{brief(str(answers))} is no list of texts"
+        what = "missing" if path[0] not in record else f"{brief(str(answers))} is no list of texts"
         raise InputError(place, f"{name}: {what}; expected a list of further right answers")
     return tuple(answers)
 

@@ -109,6 +109,13 @@ def only_field(template: str) -> tuple[str, ...] | None:
     return parts[0] if len(parts) == 1 and isinstance(parts[0], tuple) else None
 
 
+def field_path(name: str, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The path of the field that a config names, `name[key]` as in templates; a record's own field of that name comes
+    first."""
+    nested = name not in record and NAME.fullmatch(name)
+    return tuple(re.split(r"[\[\]]+", name.removesuffix("]"))) if nested else (name,)
+
+
 def look_up(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any]) -> Any:
     """The value of a record at a path of names. Raises InputError, with the record's names, where there is none."""
     value: Any = record

@@ -51,6 +51,7 @@ from evojax_merge.tasks.templates import (
     check_names_field,
     check_stop,
     check_template,
+    field_path,
     fields_of_any,
     fill,
     fill_prompt,
@@ -82,7 +83,7 @@ class TextConfig(SamplingConfig, PromptConfig):
     delimiter: Text = Field(
         " ", description="what joins a prompt to its target or choice where neither has white space there"
     )
-    choices: Name = Field("choices", description="of multiple_choice: the field that lists the choices")
+    choices: Name = Field("choices", description="of multiple_choice: the field that lists the choices, or field[key]")
     answer: Name = Field("answer", description="of multiple_choice: the field that has the right one, by place or text")
     metric: Annotated[Metric, BeforeValidator(lambda value: "accuracy" if value == "acc" else value)] | None = Field(
         None, description="which of the kind's metrics is the fitness; default: log_probability or accuracy"
@@ -459,9 +460,9 @@ def _example(
         what = f"{of_turns}: ends with the assistant's turn; expected the user's, which the choices answer"
         raise InputError(where, what)
     assert isinstance(config, TextConfig)
-    listed = look_up(where, f"{section}.choices", (config.choices,), record.fields)
+    listed = look_up(where, f"{section}.choices", field_path(config.choices, record.fields), record.fields)
     choices, labels = listed_choices(where, config.choices, listed)
-    answer = look_up(where, f"{section}.answer", (config.answer,), record.fields)
+    answer = look_up(where, f"{section}.answer", field_path(config.answer, record.fields), record.fields)
     chosen = _chosen(answer, choices, labels)
     if chosen is None:
         expected = f"one of {', '.join(labels)}" if labels else f"an index below {len(choices)}, its letter"
