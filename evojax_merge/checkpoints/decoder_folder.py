@@ -254,7 +254,11 @@ def with_embedding(folder: Folder) -> Folder:
     save_model keeps one name of the two."""
     architecture = known_architecture(folder.config.get("model_type"))
     head = folder.entries.get(LM_HEAD)
-    if architecture is None or head is None or not (architecture.defaults | folder.config).get("tie_word_embeddings"):
+    if (
+        architecture is None
+        or head is None
+        or not {**architecture.defaults, **folder.config}.get("tie_word_embeddings")
+    ):
         return folder
     embedding = architecture.leaf(EMBEDDING)
     if embedding is None or embedding.tensor in folder.entries:
