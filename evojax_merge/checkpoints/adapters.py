@@ -147,10 +147,8 @@ def _ends_with(name: str, ends: Collection[str]) -> bool:
 
 def is_adapter(path: Path) -> bool:
     """Return whether a folder holds an adapter and no model. Some trainers save the base's config.json with it."""
-    if not (path / ADAPTER_CONFIG).is_file() or not (path / "config.json").exists():
-        return (path / ADAPTER_CONFIG).is_file()
     weights = {file.name for pattern in ("*.safetensors*", "pytorch_model*.bin*") for file in path.glob(pattern)}
-    return weights == {ADAPTER_FILE}
+    return (path / ADAPTER_CONFIG).is_file() and (weights == {ADAPTER_FILE} or not (path / "config.json").exists())
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
