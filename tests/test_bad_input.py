@@ -346,13 +346,14 @@ def test_parents_of_different_architectures(models: Path, refused: Refusal) -> N
         refused(*arguments, says=(models / "two" / "config.json", "'qwen2'", "'llama'"))
 
 
-def test_tokens_that_a_parent_lacks(models: Path, refused: Refusal) -> None:
-    """A single merge fills them in, as mergekit does; a search does not search over made-up rows."""
-    other = [*words()[:-1], "only-here"]
+def test_many_tokens_that_a_parent_lacks(models: Path, refused: Refusal) -> None:
+    """A single merge fills them in, as mergekit does; a search takes few rows of one model for those of another."""
+    other = [*words()[:-8], *(f"only-here-{i}" for i in range(8))]
     shutil.rmtree(models / "two")
     save(finetune(load_torch(models / "base"), 2), models / "two", other)
     write(models / "config.yaml", search_config(tokenizer_source="two"))
-    refused("search", models / "config.yaml", "--out", models / "run", says=("only-here",))
+    says = ("lacks 8 of the 64 tokens", "only-here-0", "approximate: omp")
+    refused("search", models / "config.yaml", "--out", models / "run", says=says)
 
 
 def test_nan_is_merged_when_it_is_allowed(models: Path) -> None:
