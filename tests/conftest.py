@@ -71,8 +71,8 @@ QUICKLY_COMPILED = {
         "path_gradients", "plugin_files", "plugins", "pool", "projector", "publish", "pytrees", "qwen_vl", "racing",
         "recurrence", "remote", "reproduce", "reproducible", "resolved_configs", "run_folder", "sampling", "search",
         "secrets", "showcases", "spaces", "spectra", "stopping", "strategies", "strategies_bench", "strategy_seam",
-        "streaming", "study", "study_spaces", "task_seam", "terminal", "text_decoders", "tokens", "torch_backend",
-        "torture", "transplants", "validation", "vision", "vision_harness", "votes", "zoo",
+        "streaming", "study", "study_spaces", "task_seam", "terminal", "text_decoders", "time", "tokens",
+        "torch_backend", "torture", "transplants", "validation", "vision", "vision_harness", "votes", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"
