@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,17 @@ def test_a_run_of_another_config_names_its_key_before_its_files(tmp_path: Path) 
         open_run(tmp_path / "run", document("b.jsonl", 1), resume=True, overwrite=False)
     with pytest.raises(InputError, match=r"belongs to other inputs: .*a\.jsonl was removed"):
         open_run(tmp_path / "run", document("b.jsonl", 0), resume=True, overwrite=False)
+
+
+def test_runs_of_several_threads_are_saved_side_by_side(tmp_path: Path) -> None:
+    folders = [RunFolder(tmp_path / str(number)) for number in range(8)]
+    for folder in folders:
+        folder.checkpoints.mkdir(parents=True)
+
+    def save(folder: RunFolder) -> None:
+        for generation in range(1, 13):
+            Checkpoints(folder).save(generation, {"mean": 1.0}, 0, bytes(32))
+
+    with ThreadPoolExecutor(len(folders)) as pool:
+        list(pool.map(save, folders))
+    assert all(folder.steps() for folder in folders)

@@ -91,6 +91,14 @@ def test_strategies_converge(name: str, most: int) -> None:
     assert evaluations(name, value, start, 10, 0, most) <= most
 
 
+@pytest.mark.parametrize("name", ["cma_es", "sep_cma_es"])
+def test_a_search_that_has_converged_goes_on(name: str) -> None:
+    """Long after float32 tells no genome from the optimum, they are still finite."""
+    strategy = make(name, 2)
+    state = drive(strategy, init(strategy, 2), lambda genomes: -np.square(genomes - 0.3).sum(axis=1), 450)
+    np.testing.assert_allclose(asked(strategy, state), 0.3, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Ties and failures
 

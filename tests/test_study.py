@@ -57,11 +57,15 @@ def test_one_task_is_a_list_of_one(family: Family) -> None:
 def study(family: Family, tmp_path_factory: pytest.TempPathFactory) -> em.Study:
     """A study of two generations with a validation split."""
     study = make(family, out=tmp_path_factory.mktemp("study") / "run", validation=0.25, validate_every=1)
-    numbers: list[int] = []
-    run = study.run(1, on_generation=lambda generation: numbers.append(generation.number))
-    assert run.finished and numbers == [1]
-    study.run(1, on_generation=lambda generation: numbers.append(generation.number))
-    assert numbers == [1, 2]
+    numbers: list[tuple[int, int]] = []
+
+    def watch(generation: em.Generation) -> None:
+        numbers.append((generation.number, len(study.history)))
+
+    run = study.run(1, on_generation=watch)
+    assert run.finished and numbers == [(1, 1)]
+    study.run(1, on_generation=watch)
+    assert numbers == [(1, 1), (2, 2)]
     return study
 
 

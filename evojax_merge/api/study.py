@@ -234,11 +234,17 @@ class Study(Searched, Described):
             search = config.search.model_copy(update={"generations": wanted})
             config = config.model_copy(update={"search": search})
         begun: list[RunFolder] = []
+
+        def start(folder: RunFolder) -> None:
+            # `on_generation` may read the study's history, which is that of its run.
+            begun.append(folder)
+            self._resume = True
+
         try:
             with PythonCall(self._warned):
                 remember_functions(self._functions)
                 run_search(
-                    WHERE, config, self.out, resume=self._resume, overwrite=self._overwrite, on_started=begun.append,
+                    WHERE, config, self.out, resume=self._resume, overwrite=self._overwrite, on_started=start,
                     on_generation=on_generation, force=force,
                 )  # fmt: skip
                 return with_warnings(Run(self.out, self))

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -118,6 +119,10 @@ class Saved:
         return jax.tree.unflatten(structure, leaves)
 
 
+# Orbax's saves of several threads get into each other's folders.
+_SAVING = threading.Lock()
+
+
 class Checkpoints:
     """The state after generations. A process killed in the middle of a save leaves the last one intact.
 
@@ -140,7 +145,7 @@ class Checkpoints:
         arrays["history.length"] = np.asarray(history_length, np.int64)
         arrays["history.digest"] = np.frombuffer(history_digest, np.uint8)
         try:
-            with collective():
+            with _SAVING, collective():
                 # Orbax would also delete: entries of the folder that look unfinished or old to it, whoever made them.
                 self._orbax.save(
                     self._folder.step(generations).resolve(),

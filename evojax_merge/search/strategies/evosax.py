@@ -15,6 +15,10 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Capabilities
 
+# The least standard deviation of a step, in units of the bounds' range. Genomes of float32 differ by more; without it a
+# search that has converged ends in steps of 0 / 0.
+LEAST_STD = 1e-12
+
 
 def losses(scores: Scores) -> np.ndarray:
     """float32[P]: minus the fitness, NaN for candidates that failed."""
@@ -99,6 +103,10 @@ class EvosaxStrategy(_Algorithm):
     def ask(self, key: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         genomes, state = self.algorithm.ask(key, state, self.params)
         return genomes, state
+
+    def tell(self, key: jax.Array, state: Any, genomes: jax.Array, scores: Scores) -> Any:
+        state = super().tell(key, state, genomes, scores)
+        return state.replace(std=jnp.maximum(state.std, LEAST_STD)) if hasattr(state, "std") else state
 
     def finalists(self, state: Any) -> np.ndarray:
         """The mean of the distribution."""
