@@ -266,8 +266,9 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
             saved[name] = key
             _check_saved(base, config, name, tensor, key)
             # PEFT also saves modules that it only wraps, and the embedding and the head of a base of another size.
-            own = base.entries[name]
-            if config.saves(name) or tensor.dtype != own.dtype or not np.array_equal(tensor.load(), own.load()):
+            stored = base.entries[name]
+            is_equal = tensor.dtype == stored.dtype and np.array_equal(tensor.load(), stored.load())
+            if config.saves(name) or not is_equal:
                 replaced[name] = tensor
     entries = {**base.entries, **replaced}
     experts = _wrapped_modules(config, parameters)
@@ -338,7 +339,7 @@ def _find(base: Folder, names: Mapping[str, str], tied_head: str | None, tensor:
 
 
 def resized_base(rows: int) -> str:
-    """What to do with a base of another number of tokens' rows than an adapter needs."""
+    """The advice on a base of another number of tokens' rows than an adapter needs."""
     return f"save a copy of the base with {rows} rows (transformers' resize_token_embeddings({rows}))"
 
 

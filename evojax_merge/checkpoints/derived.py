@@ -299,13 +299,13 @@ def _with_adapter(base: Path, adapter: Path) -> Path:
     files, sources = _small_files(base), ModelSources("adapter", (str(base), str(adapter)))
     stand_in = partial(_stand_in, sources, f"{base.name}+{adapter.name}")
     beside = _small_files(adapter).items()
-    own = {name: file for name, file in beside if _is_of_tokenizer(name) and os.path.exists(file)}
-    if own:
+    of_adapter = {name: file for name, file in beside if _is_of_tokenizer(name) and os.path.exists(file)}
+    if of_adapter:
         # A chat template by itself goes with the base's tokenizer.
         is_whole = has_tokenizer(adapter)
         kept = {name: file for name, file in files.items() if not (is_whole and _is_of_tokenizer(name))}
-        states = [(name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for name, file in sorted(own.items())]
-        folder = stand_in([sorted(kept), states], partial(_link, kept | own))
+        states = [(name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for name, file in sorted(of_adapter.items())]
+        folder = stand_in([sorted(kept), states], partial(_link, kept | of_adapter))
         if _tokens_have_rows(folder, base, adapter):
             return folder
     return stand_in(sorted(files), partial(_link, files))

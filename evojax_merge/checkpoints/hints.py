@@ -25,5 +25,5 @@ def wrapper_hint(missing: Collection[str], extra: Iterable[str]) -> str:
 def inner_folder(path: Path, *files: str) -> Path | None:
     """The folder inside of a folder, or of its snapshots, that holds one of these files: the last of checkpoints. None
     where there is none."""
-    found = [file.parent for place in ("*", "snapshots/*") for name in files for file in path.glob(f"{place}/{name}")]
-    return max(found, key=lambda folder: int(re.sub("[^0-9]", "", folder.name)[:18] or 0), default=None)
+    folders = [file.parent for place in ("*", "snapshots/*") for name in files for file in path.glob(f"{place}/{name}")]
+    return max(folders, key=lambda folder: int(re.sub("[^0-9]", "", folder.name)[:18] or 0), default=None)
