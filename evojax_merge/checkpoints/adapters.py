@@ -51,7 +51,7 @@ PART = re.compile(
 ROWS = "trainable_tokens_delta"
 # PEFT wraps a module once for each of its adapted parameters, the first one innermost.
 WRAPPED = ".base_layer"
-WRAPPERS = re.compile(r"(\.token_adapter)?(\.base_layer)+(?=\.)")
+PEFT_WRAPPERS = re.compile(r"(\.token_adapter)?(\.base_layer)+(?=\.)")
 # PEFT may write a module that was trained as a whole three times: by its own name, and with one of these behind it.
 COPIES = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 # Keys of adapter_config.json that change an adapter's meaning in ways that a low-rank sum cannot express.
@@ -147,8 +147,10 @@ def _ends_with(name: str, ends: Collection[str]) -> bool:
 
 def is_adapter(path: Path) -> bool:
     """Return whether a folder holds an adapter and no model. Some trainers save the base's config.json with it."""
+    if not (path / ADAPTER_CONFIG).is_file():
+        return False
     weights = {file.name for pattern in ("*.safetensors*", "pytorch_model*.bin*") for file in path.glob(pattern)}
-    return (path / ADAPTER_CONFIG).is_file() and (weights == {ADAPTER_FILE} or not (path / "config.json").exists())
+    return weights == {ADAPTER_FILE} or not (path / "config.json").exists()
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -258,7 +260,7 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
         elif "lora_" in inner:
             raise InputError(tensor.file, f"{key}: a part of an adapter that is not known; expected lora_A and lora_B")
         else:
-            name = _find(base, names, tied_head, tensor, key, WRAPPERS.sub("", inner))
+            name = _find(base, names, tied_head, tensor, key, PEFT_WRAPPERS.sub("", inner))
             if name in saved:
                 raise InputError(
                     tensor.file, f"holds {name} twice: as {saved[name]} and as {key}; expected one of them"
@@ -267,8 +269,8 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
             _check_saved(base, config, name, tensor, key)
             # PEFT also saves modules that it only wraps, and the embedding and the head of a base of another size.
             stored = base.entries[name]
-            is_equal = tensor.dtype == stored.dtype and np.array_equal(tensor.load(), stored.load())
-            if config.saves(name) or not is_equal:
+            is_other = tensor.dtype != stored.dtype
+            if config.saves(name) or is_other or not np.array_equal(tensor.load(), stored.load()):
                 replaced[name] = tensor
     entries = {**base.entries, **replaced}
     experts = _wrapped_modules(config, parameters)
@@ -302,10 +304,10 @@ def _without_head(
     """An adapter's tensors without those of a tied head that say the same as the embedding's. pair: the names of
     embedding and head; shared: the base's tensor of both."""
     embedding, head = (f"{PREFIX}{name.removesuffix('weight')}" for name in pair)
-    plain = {WRAPPERS.sub("", key): tensor for key, tensor in tensors.items()}
+    plain = {PEFT_WRAPPERS.sub("", key): tensor for key, tensor in tensors.items()}
 
     def is_copy(key: str, tensor: Tensor) -> bool:
-        name = WRAPPERS.sub("", key)
+        name = PEFT_WRAPPERS.sub("", key)
         if not name.startswith(head):
             return False
         if config.ties_weights and name == f"{head}weight":

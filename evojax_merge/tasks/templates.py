@@ -112,8 +112,8 @@ def only_field(template: str) -> tuple[str, ...] | None:
 def field_path(name: str, record: Mapping[str, Any]) -> tuple[str, ...]:
     """The path of the field that a config names, `name[key]` as in templates; a record's own field of that name comes
     first."""
-    nested = name not in record and NAME.fullmatch(name)
-    return tuple(re.split(r"[\[\]]+", name.removesuffix("]"))) if nested else (name,)
+    is_path = name not in record and NAME.fullmatch(name) and not name.isdecimal()
+    return (is_path and only_field(f"{{{name}}}")) or (name,)
 
 
 def look_up(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any]) -> Any:

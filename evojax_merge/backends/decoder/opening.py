@@ -233,11 +233,13 @@ def _check_tokens(
 def parameter_space(path: Path, config: Config) -> tuple[Any, list[str]] | None:
     """The space of a config whose genes have names, and what its parents are called in tables; None where genes have
     none. Opens the first parent's headers alone."""
+    named_space = kind_of(config).named_space
+    if named_space is None:
+        return None
     names = [f"{path}: parents[{k}]" for k in range(len(config.parents))]
     parents = [resolve_reference(name, one, path.parent) for name, one in zip(names, config.parents, strict=True)]
     _, decoder = open_sources(parents[:1], open_decoder=merged_parts(str(path), config))
-    space = kind_of(config).named_space(str(path), config, decoder)
-    return None if space is None else (space, model_names(parents))
+    return named_space(str(path), config, decoder), model_names(parents)
 
 
 def context_length(folders: Sequence[Folder], positions: int | None = None) -> int:

@@ -10,7 +10,7 @@ class of `kind.Candidates` a module has
 - `resolved(config, base, parents)`: its key of the config as a run folder keeps it, with the models by their absolute
   paths, the parents in their order;
 - `named_space(where, config, decoder)`: the space of a config whose genes have names (`named_values`), for tables of a
-  run whose models are gone; None: genes have none.
+  run; the constant None where genes have none.
 
 `Config.kinds` says by which key a config asks for a kind.
 """

@@ -22,7 +22,6 @@ from evojax_merge.evaluation.populations import Population
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.write import path_document
 from evojax_merge.models.architecture import architecture_of, types_of_layers
-from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.report.plan import shown_bytes
@@ -32,6 +31,8 @@ from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace,
 # A base takes part by the method alone.
 TAKES_BASE = False
 MERGES_RECIPES = True
+# Genes have no names.
+named_space = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +121,6 @@ def methods_of(where: str, config: Config) -> tuple[Method, ...]:
 
 def resolved(config: Config, base: str | None, parents: Sequence[str]) -> dict[str, Any]:
     return {}
-
-
-def named_space(where: str, config: Config, decoder: DecoderConfig) -> None:
-    return None
 
 
 def open_candidates(opened: OpenedParents) -> PathCandidates:

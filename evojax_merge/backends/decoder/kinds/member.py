@@ -52,6 +52,8 @@ from evojax_merge.spaces.search_parameters import find_method
 # A base takes part by the method alone.
 TAKES_BASE = False
 MERGES_RECIPES = True
+# Genes have no names.
+named_space = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,10 +224,6 @@ def methods_of(where: str, config: Config) -> tuple[Method, ...]:
 
 def resolved(config: Config, base: str | None, parents: Sequence[str]) -> dict[str, Any]:
     return {}
-
-
-def named_space(where: str, config: Config, decoder: DecoderConfig) -> None:
-    return None
 
 
 def open_candidates(opened: OpenedParents) -> PoolCandidates:
