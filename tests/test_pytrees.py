@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from safetensors.numpy import load_file
 import evojax_merge as em
 from evojax_merge import Generation, Run, host_callback
 from evojax_merge.errors import Failed, InputError
+from evojax_merge.system.jax_environment import SETTINGS
 
 SHAPES = {"encoder": {"kernel": (5, 7), "bias": (7,)}, "decoder": {"kernel": (3, 2, 4), "scale": ()}}
 
@@ -261,6 +263,27 @@ def test_deterministic_for_a_seed() -> None:
     assert by_group(one) != by_group(other)
 
 
+def test_strict_settings_of_jax_change_nothing() -> None:
+    settings: Any = {"method": "dare_ties", "base": BASE, "parameters": {"weight": {}, "density": {"start": 0.5}}}
+    default = quick(**settings)
+    strict: dict[str, Any] = {
+        "numpy_rank_promotion": "raise", "numpy_dtype_promotion": "strict", "transfer_guard": "disallow",
+        "debug_nans": True, "debug_infs": True, "default_prng_impl": "rbg", "threefry_partitionable": False,
+    }  # fmt: skip
+    assert strict.keys() == SETTINGS.keys()
+    models = em.load_models(BASE, PARENTS)
+    by_hand = em.Study(
+        models, em.MergeSpace(models, "ties"), host_callback(lambda merged: merged["encoder"]["bias"][0])
+    )
+    with contextlib.ExitStack() as stack:
+        for name, value in strict.items():
+            stack.enter_context(getattr(jax, name)(value))
+        again = quick(**settings)
+        genomes = by_hand.ask()
+        by_hand.tell(genomes, by_hand.evaluate(genomes))
+    assert again.history == default.history and len(by_hand.history) == 1
+
+
 def test_host_traced_and_every_chunk_agree() -> None:
     fitness, seen = similarity(tree(3)), []
     runs = [quick(evaluation={"chunk": chunk}, on_generation=seen.append) for chunk in (1, 3, 100)]
@@ -460,6 +483,11 @@ def test_a_fitness_that_jax_cannot_trace_is_told_of_host_callback() -> None:
         quick(fitness=lambda merged: float(merged["encoder"]["bias"][0]))
 
 
+@dataclass
+class Unregistered:
+    weight: float = 1.0
+
+
 def changed(path: tuple[str, str], value: Any) -> Any:
     copy = jax.tree.map(lambda x: x, PARENTS[1])
     copy[path[0]][path[1]] = value
@@ -486,6 +514,8 @@ def changed(path: tuple[str, str], value: Any) -> Any:
         ({"parents": [PARENTS[0], changed(("encoder", "bias"), np.full(7, np.nan))]},
          r"parents\[1\]: leaf 'encoder/bias' holds NaN or Inf"),
         ({"parents": [PARENTS[0], changed(("encoder", "bias"), "text")]}, "leaf 'encoder/bias' is a str; expected"),
+        ({"parents": [PARENTS[0], Unregistered()]},
+         r"leaf '' is a Unregistered; .*: jax.tree_util.register_dataclass\(Unregistered\) makes a dataclass a pytree"),
         ({"parents": [{"n": np.arange(3)}] * 2}, "no floating-point array to merge"),
         ({"base": {"encoder": BASE["encoder"]}, "method": "ties"}, "base: has no leaf 'decoder/kernel', which parents"),
         ({"method": "tie"}, r"method: unknown method 'tie' \(did you mean 'ties'\?\)"),

@@ -1,7 +1,7 @@
 """Shared parts of the public functions: how they read arguments, speak to a Python program, and warn it."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import date, datetime
 from os import PathLike
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from evojax_merge.errors import InputError, in_python_words, shown
 from evojax_merge.evaluation.compilations import keep_compiled_programs
 from evojax_merge.system.console import console
+from evojax_merge.system.jax_environment import SETTINGS
 from evojax_merge.system.users_traceback import hide_inner_frames
 from evojax_merge.tasks.python_functions import reference_to
 from evojax_merge.tasks.python_trees import PythonTree
@@ -22,21 +23,24 @@ Location = str | PathLike[str]
 
 class PythonCall(AbstractContextManager[None]):
     """The body of a public function. Compiled programs are kept, progress bars show on terminals alone, messages name
-    arguments in place of options, warnings are Python warnings, and the traceback of a user's own function has the
-    user's frames alone. given: the warnings that the program has had already, to which the body's are added."""
+    arguments in place of options, warnings are Python warnings, JAX has the program's `SETTINGS`, and the traceback of
+    a user's own function has the user's frames alone. given: the warnings that the program has had already, to which
+    the body's are added."""
 
     def __init__(self, given: set[str] | None = None) -> None:
         self._given = given
 
     def __enter__(self) -> None:
         keep_compiled_programs()
-        self._was_quiet, self._words = console.quiet, in_python_words(self._given)
+        self._was_quiet, self._entered = console.quiet, ExitStack()
         console.quiet = console.quiet or not console.is_terminal
-        self._words.__enter__()
+        self._entered.enter_context(in_python_words(self._given))
+        for name, value in SETTINGS.items():
+            self._entered.enter_context(getattr(jax, name)(value))
 
     # No generator with `contextmanager`: that one would restore the traceback.
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self._words.__exit__(kind, error, traceback)
+        self._entered.__exit__(kind, error, traceback)
         console.quiet = self._was_quiet
         if error is not None:
             hide_inner_frames(error)

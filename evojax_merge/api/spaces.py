@@ -35,10 +35,10 @@ _NO_TASKS = [{"name": "task", "kind": "likelihood", "file": "tasks.jsonl"}]
 
 @dataclass(frozen=True, repr=False)
 class Models(Described):
-    """Models of one kind for a search to merge. base, parents: their names in a config; folders: the parents' files or
-    folders; base_folder: the base's; decoder: the architecture's config, of language models, depths: the number of
-    layers of each, the base's first; backend: what the models are, by its name; held: the pytrees in memory that names
-    stand for."""
+    """Models of one kind for a search to merge, which `load_models` opens. base, parents: their names in a config;
+    folders: the parents' files or folders; base_folder: the base's; decoder: the architecture's config, of language
+    models, depths: the number of layers of each, the base's first; backend: what the models are, by its name; held: the
+    pytrees in memory that names stand for."""
 
     base: str | None
     parents: tuple[str, ...]

@@ -288,9 +288,9 @@ class Study(Searched, Described):
         if not np.isfinite(values).any():
             raise Failed(f"generation {number + 1}: all {len(values)} candidates failed, none has a finite fitness")
         _, state_after_ask = self._asked()
-        before, key = self._before(), generation_key(self.seed, number)
+        before = self._before()
         with PythonCall():
-            strategy_state = tell(strategy, key, state_after_ask, genomes, matrix)
+            strategy_state = tell(strategy, generation_key(self.seed, number), state_after_ask, genomes, matrix)
         examples = matrix.evaluated.sum(axis=1)
         complete = np.isfinite(values) & matrix.evaluated.all(axis=1)
         of_best: dict[str, float] = {}
@@ -330,7 +330,8 @@ class Study(Searched, Described):
         first state."""
         if self._state is None:
             problem, surrogate = self._problem, empty_surrogate(1, self.space.dims, 0)
-            state = init_state(problem.search, self.seed, problem.strategy, problem.space, surrogate)
+            with PythonCall():
+                state = init_state(problem.search, self.seed, problem.strategy, problem.space, surrogate)
             saved = None if self.out is None or not self._resume else Checkpoints(RunFolder(self.out)).restore(ignore)
             if saved is not None:
                 state |= saved.part({name: state[name] for name in ("strategy", "genomes", "fitness")})

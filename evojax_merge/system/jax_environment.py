@@ -9,10 +9,15 @@ from evojax_merge.errors import InputError, first_line, shown
 
 FLAGS, PLATFORMS = "XLA_FLAGS", "JAX_PLATFORMS"
 MAX_FILE_BYTES = 2**20
+# JAX's defaults in place of a user's: checks that operations of evosax do not pass, and the random numbers of a seed.
+SETTINGS = {
+    "numpy_rank_promotion": "allow", "numpy_dtype_promotion": "standard", "transfer_guard": "allow",
+    "debug_nans": False, "debug_infs": False, "default_prng_impl": "threefry2x32", "threefry_partitionable": True,
+}  # fmt: skip
 
 
 def check_environment() -> None:
-    """Import JAX. Raises InputError for variables that JAX or XLA cannot take."""
+    """Import JAX, with these settings. Raises InputError for variables that JAX or XLA cannot take."""
     flags = os.environ.get(FLAGS, "").strip()
     if flags and not flags.startswith("-"):
         # XLA takes such a value for the name of a file of flags, and would read a device without end.
@@ -20,9 +25,11 @@ def check_environment() -> None:
         if not os.path.isfile(file) or file.stat().st_size > MAX_FILE_BYTES:
             raise InputError(FLAGS, f"{shown(flags)}; expected flags that begin with --, or a file of them")
     try:
-        import jax  # noqa: F401
+        import jax
     except ValueError as error:
         raise InputError("environment", f"JAX cannot be started ({error})") from None
+    for name, value in SETTINGS.items():
+        jax.config.update(f"jax_{name}", value)
     if flags:
         _try_flags(flags)
 

@@ -6,7 +6,7 @@ pytree that has changed has another reference, and a run is not resumed with it.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -74,10 +74,11 @@ def flatten(where: str, tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
         raise InputError(where, f"is no pytree ({error})") from None
     for path, leaf in leaves:
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
-            raise InputError(
-                where, f"leaf {shown_path(path)!r} is a {type(leaf).__name__}; expected an array of NumPy or JAX: "
-                "jax.tree.map(np.asarray, …) makes arrays of tensors on the CPU",
+            name = type(leaf).__name__
+            how = f"jax.tree_util.register_dataclass({name}) makes a dataclass a pytree" if is_dataclass(leaf) else (
+                "jax.tree.map(np.asarray, …) makes arrays of tensors on the CPU"
             )  # fmt: skip
+            raise InputError(where, f"leaf {shown_path(path)!r} is a {name}; expected an array of NumPy or JAX: {how}")
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
             raise InputError(
                 where, f"leaf {shown_path(path)!r} was deleted, or donated to a compiled function; expected arrays "
