@@ -18,7 +18,7 @@ from evojax_merge.models import paths
 
 WRITERS = {"merge": write_config, "layer_path": write_paths, "member": write_pool}
 # The most frames, and files, between the search and a compiled call, both included.
-FRAMES, FILES = 12, 7
+FRAMES, FILES = 11, 7
 PACKAGE = str(Path(em.__file__).parent)
 
 

@@ -110,22 +110,24 @@ class Evaluator:
         prompts, which are generated here."""
         scores = TaskScores({})
         written: dict[Hashable, Continuations] = {}
-        for i, responses in enumerate(population.route.score(self, population, progress)):
-            task, requests = self.batched_tasks[i].task, self.batched_tasks[i].requests
-            asked, prompts = requests.generated, self.batched_tasks[i].prompts
-            if asked not in written:
-                written[asked] = self.retry_on_oom([i], partial(generate, self, population), progress)
-            elif prompts is not None:
-                progress(len(prompts.batches) * population.size)
-            texts, lengths, nonfinite = written[asked].texts, written[asked].lengths, written[asked].nonfinite
-            if population.finite is not None:
-                nonfinite = nonfinite | ~population.finite
-            answers = replace(responses, texts=texts, lengths=lengths)
-            scores.matrices[task.name] = score_task(task, answers, nonfinite)
-            if requests.prompts:
-                scores.outputs[task.name] = texts
-            if requests.scored:
-                scores.log_probabilities[task.name] = responses.totals
+        run = partial(population.route.score, self, population)
+        for numbers in population.route.groups(range(len(self.batched_tasks))):
+            for i, responses in zip(numbers, self.retry_on_oom(numbers, run, progress), strict=True):
+                task, requests = self.batched_tasks[i].task, self.batched_tasks[i].requests
+                asked, prompts = requests.generated, self.batched_tasks[i].prompts
+                if asked not in written:
+                    written[asked] = self.retry_on_oom([i], partial(generate, self, population), progress)
+                elif prompts is not None:
+                    progress(len(prompts.batches) * population.size)
+                texts, lengths, nonfinite = written[asked].texts, written[asked].lengths, written[asked].nonfinite
+                if population.finite is not None:
+                    nonfinite = nonfinite | ~population.finite
+                answers = replace(responses, texts=texts, lengths=lengths)
+                scores.matrices[task.name] = score_task(task, answers, nonfinite)
+                if requests.prompts:
+                    scores.outputs[task.name] = texts
+                if requests.scored:
+                    scores.log_probabilities[task.name] = responses.totals
         return scores
 
     def differentiate(
@@ -134,12 +136,14 @@ class Evaluator:
         """Score P candidates, and differentiate the fitness of each with respect to its arrays, float32. The scores
         are only those of the tasks' fitness. NaN where a candidate failed. Every task that counts must have a
         derivative."""
-        weighted = task_weights(self.tasks, goal)
-        weights = [(self.tasks.index(task), weight) for task, weight in weighted]
-        responses, gradient = population.route.differentiate(self, population, weights, progress)
-        matrices = {
-            task.name: score_metric(task, answered) for (task, _), answered in zip(weighted, responses, strict=True)
-        }
+        matrices, gradient = {}, jax.tree.map(np.zeros_like, population.candidates)
+        for group in population.route.groups(task_weights(self.tasks, goal)):
+            numbers = [self.tasks.index(task) for task, _ in group]
+            run = partial(population.route.differentiate, self, population, [weight for _, weight in group])
+            responses, part = self.retry_on_oom(numbers, run, progress)
+            for (task, _), answered in zip(group, responses, strict=True):
+                matrices[task.name] = score_metric(task, answered)
+            gradient = jax.tree.map(np.add, gradient, part)
         return TaskScores(matrices), gradient
 
     def merges(self, bank: Bank | StreamedBank, spec: MergeSpec, recipes: Recipe) -> Population:

@@ -143,8 +143,16 @@ class PathEvaluator:
             if key is not None and path is not None and key not in self.score_cache:
                 fresh.setdefault(key, path)
         progress((len(paths) - len(fresh)) * passes)
-        if fresh:
-            self._score_fresh(fresh, progress)
+        self.work.paths.update(fresh)
+        for key in fresh:
+            self.score_cache[key], self.outputs[key] = {}, {}
+        for i in range(len(batched_tasks)) if fresh else ():
+            task, run = batched_tasks[i].task, partial(self._answers, fresh)
+            answers, nonfinite = self.evaluator.retry_on_oom([i], run, progress)
+            computed = score_task(task, answers, nonfinite)
+            for k, key in enumerate(fresh):
+                self.score_cache[key][task.name] = {metric: scores[k] for metric, scores in computed.items()}
+                self.outputs[key][task.name] = answers.texts[k]
         matrices: dict[str, dict[str, np.ndarray]] = {}
         outputs: dict[str, list[list[str]]] = {}
         for batched_task in batched_tasks:
@@ -199,20 +207,6 @@ class PathEvaluator:
             self.work.steps_run += steps
             self.work.steps_requested += steps
         return TaskScores(matrices), gradients
-
-    def _score_fresh(self, fresh: dict[Key, LayerPath], progress: Progress) -> None:
-        keys = list(fresh)
-        self.work.paths.update(keys)
-        for key in keys:
-            self.score_cache[key], self.outputs[key] = {}, {}
-        for i, batched_task in enumerate(self.evaluator.batched_tasks):
-            task = batched_task.task
-            run = partial(self._answers, fresh)
-            answers, nonfinite = self.evaluator.retry_on_oom([i], run, progress)
-            matrices = score_task(task, answers, nonfinite)
-            for k, key in enumerate(keys):
-                self.score_cache[key][task.name] = {metric: scores[k] for metric, scores in matrices.items()}
-                self.outputs[key][task.name] = answers.texts[k]
 
     def _answers(
         self, fresh: dict[Key, LayerPath], batched_task: BatchedTask, progress: Progress

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -29,21 +29,25 @@ from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
 from evojax_merge.tasks.task import Responses
 
 if TYPE_CHECKING:
-    from evojax_merge.evaluation.evaluator import Evaluator, Progress
+    from evojax_merge.evaluation.evaluator import Evaluator
 
 
 class Route(Protocol):
     """How candidates run; see `routes`."""
 
-    def score(self, evaluator: "Evaluator", population: Any, progress: "Progress") -> Iterable[Responses]:
-        """The responses to the rows of each task, without texts."""
+    def groups(self, tasks: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """The tasks that run together."""
         ...
 
-    def differentiate(
-        self, evaluator: "Evaluator", population: Any, weights: Sequence[tuple[int, float]], progress: "Progress"
-    ) -> tuple[list[Responses], Any]:
-        """Differentiate the weighted sum of tasks' mean scores. weights: (number of a task, its weight). Return each
-        task's responses, and the derivative with respect to the candidates' arrays, float32."""
+    @property
+    def score(self) -> Callable[..., list[Responses]]:
+        """(evaluator, population, *a group's tasks, progress) -> the responses to each task's rows, without texts."""
+        ...
+
+    @property
+    def differentiate(self) -> Callable[..., tuple[list[Responses], Any]]:
+        """(evaluator, population, weights, *a group's tasks, progress) -> each task's responses, and the derivative of
+        the weighted sum of the tasks' mean scores with respect to the candidates' arrays, float32."""
         ...
 
     def planned_scoring(self, evaluator: "Evaluator", population: Any, batched_task: BatchedTask) -> Evaluation: ...

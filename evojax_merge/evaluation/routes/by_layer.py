@@ -119,16 +119,15 @@ def inputs_of(evaluator: "Evaluator", batched_task: BatchedTask) -> TaskInputs:
     return TaskInputs(batched_task, prefix, batches)
 
 
-def score(evaluator: "Evaluator", population: "StreamedPopulation", progress: "Progress") -> list[Responses]:
-    """The responses to the rows of all tasks, without texts, in one run through the layers."""
-    numbers = range(len(evaluator.batched_tasks))
-    scored: list[Responses] = evaluator.retry_on_oom(numbers, partial(_score_tasks, evaluator, population), progress)
-    return scored
+def groups(tasks: Sequence[Any]) -> list[Sequence[Any]]:
+    """The tasks that run together: all, so that the layers come once."""
+    return [tasks]
 
 
-def _score_tasks(
+def score(
     evaluator: "Evaluator", population: "StreamedPopulation", *tasks: BatchedTask, progress: "Progress"
 ) -> list[Responses]:
+    """The responses to the rows of all tasks, without texts, in one run through the layers."""
     responses = [batched_task.requests.unanswered(population.size) for batched_task in tasks]
     if any(batched_task.scoring is not None for batched_task in tasks):
         chunk = scoring_chunk(evaluator, population)
@@ -139,29 +138,25 @@ def _score_tasks(
 
 
 def differentiate(
-    evaluator: "Evaluator", population: "StreamedPopulation", weights: Sequence[tuple[int, float]], progress: "Progress"
-) -> tuple[list[Responses], Any]:
+    evaluator: "Evaluator", population: "StreamedPopulation", weights: Sequence[float], *tasks: BatchedTask,
+    progress: "Progress",
+) -> tuple[list[Responses], Any]:  # fmt: skip
     """See `whole.differentiate`; all tasks in two runs through the layers."""
-
-    def run(*tasks: BatchedTask, progress: "Progress") -> tuple[list[Responses], Any]:
-        responses = [batched_task.requests.unanswered(population.size) for batched_task in tasks]
-        if any(batched_task.task.derivative == "nonlinear" for batched_task in tasks):
-            # The weight of a total depends on the others, which may be in other batches.
-            responses = _score_tasks(evaluator, population, *tasks, progress=lambda done: None)
-        row_weights = [
-            score_gradients(batched_task.task, answered, weight)
-            for batched_task, answered, (_, weight) in zip(tasks, responses, weights, strict=True)
-        ]
-        gradient: Recipe = jax.tree.map(np.zeros_like, population.candidates)
-        work = _differentiating(
-            evaluator, population.differentiable(), tasks, scoring_chunk(evaluator, population), row_weights, responses,
-            gradient, progress, _kept_states(evaluator, tasks, population),
-        )  # fmt: skip
-        execute(work, evaluator.runs_two_jobs(2 * population.parts.layer_bytes))
-        return responses, gradient
-
-    result: tuple[list[Responses], Any] = evaluator.retry_on_oom([number for number, _ in weights], run, progress)
-    return result
+    responses = [batched_task.requests.unanswered(population.size) for batched_task in tasks]
+    if any(batched_task.task.derivative == "nonlinear" for batched_task in tasks):
+        # The weight of a total depends on the others, which may be in other batches.
+        responses = score(evaluator, population, *tasks, progress=lambda done: None)
+    row_weights = [
+        score_gradients(batched_task.task, answered, weight)
+        for batched_task, answered, weight in zip(tasks, responses, weights, strict=True)
+    ]
+    gradient: Recipe = jax.tree.map(np.zeros_like, population.candidates)
+    work = _differentiating(
+        evaluator, population.differentiable(), tasks, scoring_chunk(evaluator, population), row_weights, responses,
+        gradient, progress, _kept_states(evaluator, tasks, population),
+    )  # fmt: skip
+    execute(work, evaluator.runs_two_jobs(2 * population.parts.layer_bytes))
+    return responses, gradient
 
 
 def planned_scoring(evaluator: "Evaluator", population: "StreamedPopulation", batched_task: BatchedTask) -> Evaluation:

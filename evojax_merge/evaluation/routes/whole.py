@@ -5,7 +5,7 @@ merge again and there is room to keep it. The number of candidates that share a 
 memory that the compiler reports.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,47 +43,34 @@ MATERIALISE_FRACTION = 1 / 8
 Temporaries = Callable[[int], int | None]
 
 
-def score(evaluator: "Evaluator", population: "Population", progress: "Progress") -> Iterator[Responses]:
-    """The responses to the rows of each task, without texts."""
-    for i in range(len(evaluator.batched_tasks)):
-        yield evaluator.retry_on_oom([i], partial(_score_task, evaluator, population), progress)
+def groups(tasks: Sequence[Any]) -> list[list[Any]]:
+    """The tasks that run together: each by itself."""
+    return [[task] for task in tasks]
 
 
-def _score_task(
+def score(
     evaluator: "Evaluator", population: "Population", batched_task: BatchedTask, progress: "Progress"
-) -> Responses:
+) -> list[Responses]:
+    """The responses to the rows of a task, without texts."""
     responses = batched_task.requests.unanswered(population.size)
     if batched_task.scoring is not None:
         chunk = scoring_chunk(evaluator, population, batched_task)
         scoring = _scoring(evaluator, population, batched_task, chunk, responses, progress)
         execute(scoring, evaluator.runs_two_jobs(0))
-    return responses
+    return [responses]
 
 
 def differentiate(
-    evaluator: "Evaluator", population: "Population", weights: Sequence[tuple[int, float]], progress: "Progress"
-) -> tuple[list[Responses], Any]:
-    """Differentiate the weighted sum of tasks' mean scores. weights: (number of a task, its weight). Return each task's
-    responses, and the derivative with respect to the candidates' arrays, float32."""
-    everything, gradient = [], jax.tree.map(np.zeros_like, population.candidates)
-    for i, weight in weights:
-        run = partial(_differentiate_task, evaluator, population, weight)
-        responses, part = evaluator.retry_on_oom([i], run, progress)
-        everything.append(responses)
-        gradient = jax.tree.map(np.add, gradient, part)
-    return everything, gradient
-
-
-def _differentiate_task(
-    evaluator: "Evaluator", scored: "Population", weight: float, batched_task: BatchedTask, progress: "Progress"
-) -> tuple[Responses, Any]:
-    """A task's responses, and the derivative of `weight` times the mean of its scores."""
+    evaluator: "Evaluator", scored: "Population", weights: Sequence[float], batched_task: BatchedTask,
+    progress: "Progress",
+) -> tuple[list[Responses], Any]:  # fmt: skip
+    """A task's responses, and the derivative of its weight times the mean of its scores."""
     population = scored.differentiable()
     responses = batched_task.requests.unanswered(population.size)
     if batched_task.task.derivative == "nonlinear":
         # The weight of a total depends on the others, which may be in other batches.
-        responses = _score_task(evaluator, scored, batched_task, lambda done: None)
-    row_weights = score_gradients(batched_task.task, responses, weight)
+        (responses,) = score(evaluator, scored, batched_task, lambda done: None)
+    row_weights = score_gradients(batched_task.task, responses, *weights)
     gradient = jax.tree.map(np.zeros_like, population.candidates)
     model = evaluator.devices.candidate_bytes(population.model_shape())
     size = gradient_chunk(evaluator, population, batched_task) * evaluator.devices.population
@@ -93,7 +80,7 @@ def _differentiate_task(
         part = execute(work, evaluator.runs_two_jobs(model))
         for leaf, leaf_part in zip(jax.tree.leaves(gradient), jax.tree.leaves(part), strict=True):
             leaf[rows] = on_host(leaf_part)[: len(rows)]
-    return responses, gradient
+    return [responses], gradient
 
 
 def planned_scoring(evaluator: "Evaluator", population: "Population", batched_task: BatchedTask) -> Evaluation:
