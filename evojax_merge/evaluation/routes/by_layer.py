@@ -122,8 +122,7 @@ def inputs_of(evaluator: "Evaluator", batched_task: BatchedTask) -> TaskInputs:
 def score(evaluator: "Evaluator", population: "StreamedPopulation", progress: "Progress") -> list[Responses]:
     """The responses to the rows of all tasks, without texts, in one run through the layers."""
     numbers = range(len(evaluator.batched_tasks))
-    scored: list[Responses] = evaluator.retry_on_oom(numbers, partial(_score_tasks, evaluator, population), progress)
-    return scored
+    return evaluator.retry_on_oom(numbers, partial(_score_tasks, evaluator, population), progress)
 
 
 def _score_tasks(
@@ -160,8 +159,7 @@ def differentiate(
         execute(work, evaluator.runs_two_jobs(2 * population.parts.layer_bytes))
         return responses, gradient
 
-    result: tuple[list[Responses], Any] = evaluator.retry_on_oom([number for number, _ in weights], run, progress)
-    return result
+    return evaluator.retry_on_oom([number for number, _ in weights], run, progress)
 
 
 def planned_scoring(evaluator: "Evaluator", population: "StreamedPopulation", batched_task: BatchedTask) -> Evaluation:
@@ -245,15 +243,10 @@ def _scoring(
         for i, task in enumerate(inputs):
             head = passes.ScoreSpec(spec.config, spec.factory, spec.mesh, task.task.requests.logits_fn)
             for batch, arrays, x in zip(task.scoring_batches, task.batches, one.states[-1].batches[i], strict=True):
-                read = partial(_enter, responses[i], one.rows, batch)
+                read = partial(enter, responses[i], one.rows, batch)
                 yield Program(HEAD, layer_passes.answer, (head, (ends, arrays), (candidates, x)), chunk, read=read)
 
     yield each(answering)
-
-
-def _enter(responses: Responses, rows: np.ndarray, batch: ScoringBatch, results: Any) -> None:
-    """Enter the results of a batch, the first two of a program's."""
-    enter(responses, rows, batch, *results[:2])
 
 
 def _embed(
@@ -365,7 +358,7 @@ def _differentiating(
                 padded = pad_chunk(weights[i], one.rows, chunk)
                 real = np.where(batch.rows >= 0, padded[:, batch.rows], 0).astype(np.float32)
                 arguments = (head, (ends, arrays), (one.candidates.shared, x, real))
-                read = partial(_enter, responses[i], one.rows, batch)
+                read = partial(enter, responses[i], one.rows, batch)
                 _, _, slope, cotangent = yield Program(
                     HEAD_GRADIENT, layer_passes.answer_gradient, arguments, chunk, read=read
                 )
