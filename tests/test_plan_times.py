@@ -9,7 +9,7 @@ from test_advice import models, plan_of
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import Cost
-from evojax_merge.evaluation.liveness import Exchange, exchanges, sent_bytes
+from evojax_merge.evaluation.liveness import Exchange, flat_program, sent_bytes
 from evojax_merge.evaluation.targets import find_target
 from evojax_merge.report.plan import COMPILING, LOADING, WRITING
 
@@ -26,13 +26,13 @@ def test_sums_over_devices_are_counted_once_for_each_trip() -> None:
         return jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: mlp(y, up, down), x)
 
     shapes = jnp.ones((8, 64)), jnp.ones((256, 64)), jnp.ones((64, 256))
-    result, cut = 4 * 8 * 64, [None, 0, 1]
-    assert exchanges(jax.make_jaxpr(mlp)(*shapes), cut, 4) == {Exchange(result, is_sum=True): 3}
-    repeated = exchanges(jax.make_jaxpr(until)(*shapes), cut, 4)
+    result, cut = 4 * 8 * 64, (None, 0, 1)
+    assert flat_program(jax.make_jaxpr(mlp)(*shapes), cut, 4).exchanges == {Exchange(result, is_sum=True): 3}
+    repeated = flat_program(jax.make_jaxpr(until)(*shapes), cut, 4).exchanges
     assert repeated == {Exchange(result, is_sum=True, is_repeated=True): 3}
     # Twice round a ring of four, in each of five steps.
     assert sent_bytes(repeated, 4, steps=5) == 5 * 3 * 2 * 3 / 4 * result
-    assert not exchanges(jax.make_jaxpr(mlp)(*shapes), [None] * 3, 1)
+    assert not flat_program(jax.make_jaxpr(mlp)(*shapes), (None,) * 3, 1).exchanges
 
 
 def test_groups_exchange_at_the_rate_of_their_links() -> None:

@@ -34,7 +34,7 @@ from evojax_merge.evaluation import compilers
 from evojax_merge.evaluation.costs import Cost, Product, cost_of
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.generation import generation_chunk
-from evojax_merge.evaluation.liveness import result_axes, temporary_bytes
+from evojax_merge.evaluation.liveness import flat_program, temporary_bytes
 from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes
 from evojax_merge.evaluation.targets import find_target, live_target, one_host, target_names
 from evojax_merge.models.bank import MergeSpec
@@ -366,7 +366,7 @@ CUT_RESULTS: dict[str, tuple[Any, int | None]] = {
 def test_what_is_computed_of_shards_is_cut_as_they_are(name: str) -> None:
     program, axis = CUT_RESULTS[name]
     jaxpr = jax.make_jaxpr(program)(jnp.ones((4, 8, 6)), jnp.ones((8, 5)))
-    assert result_axes(jaxpr, [1, None], 2) == (axis,)
+    assert flat_program(jaxpr, (1, None), 2).axes == (axis,)
 
 
 def test_devices_that_share_a_model_need_their_shares_of_what_it_computes() -> None:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from evojax_merge.errors import first_line
 from evojax_merge.evaluation.devices import Devices, mesh_of
@@ -192,7 +192,8 @@ class TargetCompiler:
         )
 
     def place(self, candidates: Any) -> Any:
-        sharding = self._sharding(PartitionSpec("population"))
+        mesh, alone = self.devices.mesh, SingleDeviceSharding(self.device)
+        sharding = alone if mesh is None else NamedSharding(mesh, PartitionSpec("population"))
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding),
             candidates,
@@ -202,10 +203,6 @@ class TargetCompiler:
         """An abstract array of the bank, placed like `Devices.put` places it."""
         sharding = self.devices.sharding(shape, sharded_axis) or SingleDeviceSharding(self.device)
         return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype), sharding=sharding)
-
-    def _sharding(self, spec: PartitionSpec) -> Sharding:
-        mesh = self.devices.mesh
-        return SingleDeviceSharding(self.device) if mesh is None else NamedSharding(mesh, spec)
 
 
 def target_compiler(target: Target, model: int) -> TargetCompiler:

@@ -165,13 +165,10 @@ class Devices:
         """The content of each process of the run, in their order."""
         if jax.process_count() == 1:
             return [content]
-        from jax.experimental import multihost_utils
-
-        with collective():
-            sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content))))
-            padded = np.zeros(sizes.max(), np.uint8)
-            padded[: len(content)] = np.frombuffer(content, np.uint8)
-            rows = np.asarray(multihost_utils.process_allgather(padded))
+        sizes = _gathered(np.int32(len(content)))
+        padded = np.zeros(sizes.max(), np.uint8)
+        padded[: len(content)] = np.frombuffer(content, np.uint8)
+        rows = _gathered(padded)
         return [row[:size].tobytes() for row, size in zip(rows.reshape(len(sizes), -1), sizes, strict=True)]
 
     def local_indices(self, size: int) -> np.ndarray:
@@ -184,11 +181,7 @@ class Devices:
         """`[P, …]` of all processes' shares `[P / processes, …]`."""
         if self.processes == 1:
             return rows
-        from jax.experimental import multihost_utils
-
-        with collective():
-            together = np.asarray(multihost_utils.process_allgather(rows))
-        return together.reshape(-1, *rows.shape[1:])[:size]
+        return _gathered(rows).reshape(-1, *rows.shape[1:])[:size]
 
 
 ONE_DEVICE = Devices()
@@ -201,13 +194,18 @@ def placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def _gathered(array: Any, tiled: bool = False) -> np.ndarray:
+    """An array of each process of the run, along a new first axis; or, `tiled`, the whole of which they have parts."""
+    from jax.experimental import multihost_utils
+
+    with collective():
+        return np.asarray(multihost_utils.process_allgather(array, tiled=tiled))
+
+
 def on_host(array: Any) -> np.ndarray:
     """A pass's result on the host. Processes that share a mesh have parts of it, and gather the whole together."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-        from jax.experimental import multihost_utils
-
-        with collective():
-            return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        return _gathered(array, tiled=True)
     return np.asarray(array)
 
 
@@ -277,12 +275,8 @@ def check_genomes(genomes: np.ndarray) -> None:
     """Raises Failed, in every process, where two of them are to score other genomes, float32[P, D]."""
     if jax.process_count() == 1:
         return
-    from jax.experimental import multihost_utils
-
-    digest = np.frombuffer(sha256(genomes.tobytes()).digest(), np.int32)
     # By the devices, which notice at once that a process has gone.
-    with collective():
-        digests = multihost_utils.process_allgather(digest)
+    digests = _gathered(np.frombuffer(sha256(genomes.tobytes()).digest(), np.int32))
     differing = np.flatnonzero((digests != digests[0]).any(axis=1))
     if differing.size:
         raise Failed(

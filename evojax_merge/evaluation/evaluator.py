@@ -8,7 +8,7 @@ candidates. A pass that runs out of memory is retried with fewer candidates or r
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from evojax_merge.evaluation.populations import (
     StreamedPopulation,
     stored,
 )
-from evojax_merge.evaluation.responses import arrays_of, score_metric, score_task
+from evojax_merge.evaluation.responses import arrays_of, score_task
 from evojax_merge.evaluation.routes.whole import MATERIALISE_FRACTION
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, joined, task_weights
 from evojax_merge.evaluation.targets import Target, live_target
@@ -40,6 +40,7 @@ from evojax_merge.tasks.batches import ScoringBatch
 from evojax_merge.tasks.task import Task
 
 Progress = Callable[[int], None]
+Result = TypeVar("Result")
 
 
 def compiled_temporary_bytes(traced: TracedPass) -> int | None:
@@ -142,7 +143,8 @@ class Evaluator:
             run = partial(population.route.differentiate, self, population, [weight for _, weight in group])
             responses, part = self.retry_on_oom(numbers, run, progress)
             for (task, _), answered in zip(group, responses, strict=True):
-                matrices[task.name] = score_metric(task, answered)
+                scored = score_task(task, answered, np.zeros(len(answered.totals), bool))
+                matrices[task.name] = {task.metric: scored[task.metric]}
             gradient = jax.tree.map(np.add, gradient, part)
         return TaskScores(matrices), gradient
 
@@ -163,7 +165,7 @@ class Evaluator:
         alone = replace(self, chunk=1, devices=ONE_DEVICE, chunk_sizes={})
         return alone.score(stored(model), progress)
 
-    def retry_on_oom(self, numbers: Sequence[int], run: Callable[..., Any], progress: Progress) -> Any:
+    def retry_on_oom(self, numbers: Sequence[int], run: Callable[..., Result], progress: Progress) -> Result:
         """Run an evaluation of the tasks `numbers`; where it is out of memory, with half the candidates or rows in a
         pass, until it fits. run: takes the batched tasks, and `progress`. Raises Failed where one candidate and one row
         do not fit."""

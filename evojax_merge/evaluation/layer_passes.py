@@ -42,29 +42,29 @@ def _layout(batch: Any) -> SequenceLayout:
     return SequenceLayout(batch["positions"], batch["segment_ids"])
 
 
+def _embedded(spec: PassSpec, shared: Any, parameters: Any) -> jax.Array:
+    leaves, batch = shared
+    images = batch.get("images")
+    layout = image_layout(spec.config, batch["tokens"], _layout(batch), images)
+    return embed_tokens(spec.config, _ends(spec, leaves, parameters), batch["tokens"], layout, images)
+
+
 @partial(jax.jit, static_argnums=0)
 def embed(spec: PassSpec, shared: Any, parameters: Any) -> jax.Array:
     """The hidden states before the first layer. shared: the bank's leaves outside of the layers, and a batch's arrays
     (`tokens`, `positions`, `segment_ids`, and its `images` where it has any)."""
+    return vmap_sharded(spec.mesh, lambda *arguments: replicate(_embedded(spec, *arguments)), shared, parameters)
 
-    def one(shared: Any, parameters: Any) -> jax.Array:
-        leaves, batch = shared
-        images = batch.get("images")
-        layout = image_layout(spec.config, batch["tokens"], _layout(batch), images)
-        return replicate(embed_tokens(spec.config, _ends(spec, leaves, parameters), batch["tokens"], layout, images))
 
-    return vmap_sharded(spec.mesh, one, shared, parameters)
+def _merged(spec: MaterialiseSpec, leaves: Leaves, parameters: Parameters) -> Weights:
+    merge, slice_ = _layer(spec.factory, leaves, parameters)
+    return merge.layer(slice_)
 
 
 @partial(jax.jit, static_argnums=0)
 def merge_layer(spec: MaterialiseSpec, leaves: Leaves, parameters: Parameters) -> Weights:
     """One layer's weights of each candidate, rounded to the export dtype, in the dtype of the computation."""
-
-    def one(leaves: Leaves, parameters: Parameters) -> Weights:
-        merge, slice_ = _layer(spec.factory, leaves, parameters)
-        return merge.layer(slice_)
-
-    return vmap_sharded(spec.mesh, one, leaves, parameters)
+    return vmap_sharded(spec.mesh, partial(_merged, spec), leaves, parameters)
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,7 @@ def materialise_ends(spec: MaterialiseSpec, leaves: Leaves, parameters: Any) -> 
             merge: LazyMerge = spec.factory(Bank({}, leaves), Recipe({}, parameters))
             return merge.materialise().shared
 
-        ends = jax.tree.map(lambda *each: jnp.stack(each), *_one_by_one(one, parameters))
-        return {name: _placed(leaves[name], array) for name, array in ends.items()}
+        return {name: _placed(leaves[name], array) for name, array in _one_by_one(one, parameters).items()}
 
     return shard_population(spec.mesh, local, leaves, parameters)
 
@@ -142,8 +141,9 @@ def _placed(leaf: LeafBank, array: jax.Array) -> jax.Array:
     return replicate(array) if leaf.shard_axis is None else shard(array, leaf.shard_axis)
 
 
-def _one_by_one(function: Any, candidates: Any) -> list[Any]:
-    return [function(take_candidate(candidates, i)) for i in range(size_of(candidates))]
+def _one_by_one(function: Any, candidates: Any) -> Any:
+    results = [function(take_candidate(candidates, i)) for i in range(size_of(candidates))]
+    return jax.tree.map(lambda *each: jnp.stack(each), *results)
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,6 @@ def materialise_layer(spec: StackSpec, shared: Any, parameters: Parameters, stac
             merge, slice_ = _layer(spec.factory, leaves, parameters)
             return merge.merge_layer(slice_)
 
-        merged = jax.tree.map(lambda *each: jnp.stack(each), *_one_by_one(one, parameters))
-
         def written(name: str, layer: jax.Array) -> jax.Array:
             leaf = leaves[name]
             if stacks is None:
@@ -176,7 +174,7 @@ def materialise_layer(spec: StackSpec, shared: Any, parameters: Parameters, stac
                 whole = stacks[name]
             return _placed(leaf, jax.lax.dynamic_update_slice_in_dim(whole, layer[:, None], number, axis=1))
 
-        return {name: written(name, layer) for name, layer in merged.items()}
+        return {name: written(name, layer) for name, layer in _one_by_one(one, parameters).items()}
 
     return shard_population(spec.mesh, local, shared, (parameters, stacks))
 
@@ -226,12 +224,7 @@ def merge_gradient(spec: MaterialiseSpec, leaves: Leaves, each: Any) -> Paramete
 
     def one(leaves: Leaves, each: Any) -> Parameters:
         parameters, cotangent = each
-
-        def weights(parameters: Parameters) -> Weights:
-            merge, slice_ = _layer(spec.factory, leaves, parameters)
-            return merge.layer(slice_)
-
-        slope: Parameters = jax.vjp(weights, parameters)[1](cotangent)[0]
+        slope: Parameters = jax.vjp(partial(_merged, spec, leaves), parameters)[1](cotangent)[0]
         return to_float32(slope)
 
     return vmap_sharded(spec.mesh, one, leaves, each)
@@ -245,13 +238,6 @@ def embed_gradient(spec: PassSpec, shared: Any, each: Any) -> Any:
 
     def one(shared: Any, each: Any) -> Any:
         parameters, cotangent = each
-        leaves, batch = shared
-
-        def states(parameters: Any) -> jax.Array:
-            images = batch.get("images")
-            layout = image_layout(spec.config, batch["tokens"], _layout(batch), images)
-            return embed_tokens(spec.config, _ends(spec, leaves, parameters), batch["tokens"], layout, images)
-
-        return to_float32(jax.vjp(states, parameters)[1](cotangent)[0])
+        return to_float32(jax.vjp(partial(_embedded, spec, shared), parameters)[1](cotangent)[0])
 
     return vmap_sharded(spec.mesh, one, shared, each)

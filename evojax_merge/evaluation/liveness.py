@@ -39,8 +39,7 @@ def temporary_bytes(
     operations on arguments alone until their results are needed. donated: the shapes and dtypes of arguments whose
     buffers results of the same shape and dtype reuse. platform: whose compiler's habits count (see `_Setting`). cut:
     for each argument the axis that `shards` devices cut, each of which has its part."""
-    setting = _Setting(platform, shards)
-    program = _program(jaxpr, tuple(cut), setting)
+    program = flat_program(jaxpr, tuple(cut), shards, platform)
     free = Counter((tuple(argument.shape), str(argument.dtype)) for argument in donated)
     in_place = []
     for number, aval in zip(program.results, jaxpr.out_avals, strict=True):
@@ -48,12 +47,7 @@ def temporary_bytes(
         if free[kind] > 0:
             free[kind] -= 1
             in_place.append(number)
-    return _peak(program, in_place, setting)
-
-
-def result_axes(jaxpr: Any, cut: Sequence[Axis], shards: int, platform: Platform | None = None) -> tuple[Axis, ...]:
-    """For each result of a program the axis that the devices cut (see `temporary_bytes`)."""
-    return _program(jaxpr, tuple(cut), _Setting(platform, shards)).axes
+    return _peak(program, in_place, _Setting(platform, shards))
 
 
 @dataclass(frozen=True)
@@ -68,16 +62,6 @@ class Exchange:
     def sent_bytes(self, shards: int) -> float:
         """Bytes that each device sends to the next in a ring: a sum goes round twice."""
         return (2 if self.is_sum else 1) * (shards - 1) / shards * self.nbytes
-
-
-def exchanges(jaxpr: Any, cut: Sequence[Axis], shards: int, platform: Platform | None = None) -> Mapping[Exchange, int]:
-    """How often a program exchanges arrays (see `temporary_bytes`); those of a `while` loop once."""
-    return _program(jaxpr, tuple(cut), _Setting(platform, shards)).exchanges
-
-
-def operations(jaxpr: Any, cut: Sequence[Axis], shards: int, platform: Platform | None = None) -> int:
-    """The number of operations that a program is written as (see `temporary_bytes`); loops' bodies count once."""
-    return _program(jaxpr, tuple(cut), _Setting(platform, shards)).operations
 
 
 def sent_bytes(exchanged: Mapping[Exchange, int], shards: int, steps: int = 1) -> float:
@@ -105,10 +89,11 @@ class _Step:
 
 
 @dataclass
-class _Program:
+class FlatProgram:
     """A program's steps in their order, with calls written out. arguments, results: the numbers of its arguments and
-    its results; axes, sizes: the results' sharded axes and their bytes on a device; exchanges: how often each array is
-    exchanged; operations: the number of steps, those of loops' bodies once."""
+    its results; axes, sizes: the axes at which the devices cut the results, and their bytes on a device; exchanges: how
+    often each array is exchanged, in a `while` loop once; operations: the number of steps, those of loops' bodies once.
+    """
 
     steps: list[_Step]
     arguments: tuple[int, ...]
@@ -166,12 +151,12 @@ class _Setting:
 
 
 @lru_cache(maxsize=32)
-def _program(jaxpr: Any, cut: tuple[Axis, ...], setting: _Setting) -> _Program:
-    """A closed jaxpr with its calls written out: memory and results are read off the same one."""
-    return _flattened(jaxpr, cut, setting)
+def flat_program(jaxpr: Any, cut: tuple[Axis, ...], shards: int = 1, platform: Platform | None = None) -> FlatProgram:
+    """A closed jaxpr with its calls written out, off which memory and results are read (see `temporary_bytes`)."""
+    return _flattened(jaxpr, cut, _Setting(platform, shards))
 
 
-def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int = 0) -> _Program:
+def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int = 0) -> FlatProgram:
     """A closed jaxpr with its calls written out. cut: its arguments' axes, all None where it is empty. Its last
     `sliced` arguments are slices of larger arrays."""
     steps: list[_Step] = []
@@ -223,11 +208,11 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
     results = run(jaxpr, inside)
     cuts = tuple(axes.get(number) for number in results)
     sizes = tuple(setting.nbytes(aval, axis) for aval, axis in zip(jaxpr.out_avals, cuts, strict=True))
-    return _Program(steps, given, results, cuts, sizes, exchanged, len(steps) + inner_operations)
+    return FlatProgram(steps, given, results, cuts, sizes, exchanged, len(steps) + inner_operations)
 
 
 def _exchanged(
-    eqn: Any, inside: Sequence[_Program], own: Sequence[Axis], results: Sequence[Axis], setting: _Setting
+    eqn: Any, inside: Sequence[FlatProgram], own: Sequence[Axis], results: Sequence[Axis], setting: _Setting
 ) -> Counter[Exchange]:
     """The exchanges of an equation: sums of products over a sharded axis, and arrays of which every device gets the
     whole. own, results: the sharded axes of its operands and its results."""
@@ -250,7 +235,7 @@ def _is_batched(eqn: Any) -> bool:
     return eqn.primitive.name == "dot_general" and bool(eqn.params["dimension_numbers"][1][0])
 
 
-def _repeated(eqn: Any, operands: Sequence[int], inside: Sequence[_Program]) -> tuple[int, ...]:
+def _repeated(eqn: Any, operands: Sequence[int], inside: Sequence[FlatProgram]) -> tuple[int, ...]:
     name = eqn.primitive.name
     if name == "shard_map":
         arguments = inside[0].arguments
@@ -264,7 +249,7 @@ def _repeated(eqn: Any, operands: Sequence[int], inside: Sequence[_Program]) -> 
     )
 
 
-def _repeated_origins(program: _Program, origins: Mapping[int, frozenset[int]]) -> frozenset[int]:
+def _repeated_origins(program: FlatProgram, origins: Mapping[int, frozenset[int]]) -> frozenset[int]:
     """The origins whose values are repeated further on, for example for several candidates. origins: for each argument
     the values that it stands for; slices at places that are not known beforehand are origins of their own."""
     values = dict(origins)
@@ -301,7 +286,7 @@ def _inside(eqn: Any, parts: Sequence[Any], own: Sequence[Axis]) -> Iterator[tup
         yield part, operands if carries_axes and count == len(operands) else [None] * count, 0
 
 
-def _results_axes(eqn: Any, inside: Sequence[_Program], own: Sequence[Axis], shards: int) -> Sequence[Axis]:
+def _results_axes(eqn: Any, inside: Sequence[FlatProgram], own: Sequence[Axis], shards: int) -> Sequence[Axis]:
     if shards == 1:
         return [None] * len(eqn.outvars)
     if not inside:
@@ -319,7 +304,7 @@ def _results_axes(eqn: Any, inside: Sequence[_Program], own: Sequence[Axis], sha
     return axes
 
 
-def _body_bytes(eqn: Any, inside: Sequence[_Program], setting: _Setting) -> int:
+def _body_bytes(eqn: Any, inside: Sequence[FlatProgram], setting: _Setting) -> int:
     """The most bytes that a loop's body, or the largest branch, needs at a time beside its results: the values that a
     loop carries from one trip to the next, and the results of its trips, have one place, which is counted with the
     loop's results."""
@@ -338,7 +323,7 @@ def _body_bytes(eqn: Any, inside: Sequence[_Program], setting: _Setting) -> int:
     return copies + max(0, most, *(_peak(program, program.results, setting) for program in inside[:-1]))
 
 
-def _widened(scan: Any, body: _Program, constants: int, carries: int) -> int:
+def _widened(scan: Any, body: FlatProgram, constants: int, carries: int) -> int:
     """Bytes of float32 copies of the bfloat16 arrays that are the same in every trip and are sliced in it."""
     picked = {step.operands[0] for step in body.steps if step.name in ("dynamic_slice", "gather")}
     given = list(zip(body.arguments, scan.invars, strict=True))
@@ -350,7 +335,7 @@ def _widened(scan: Any, body: _Program, constants: int, carries: int) -> int:
 
 
 def _peak(
-    program: _Program, in_place: Iterable[int], setting: _Setting, carried: Mapping[int, int] = MappingProxyType({})
+    program: FlatProgram, in_place: Iterable[int], setting: _Setting, carried: Mapping[int, int] = MappingProxyType({})
 ) -> int:
     """The most bytes at a time beside the arguments. in_place: results that take the place of a buffer that is counted
     elsewhere. carried: arguments that count until their last use, and their bytes."""
@@ -393,7 +378,7 @@ def _peak(
     return peak
 
 
-def _delayed(program: _Program, kept: frozenset[int]) -> list[_Step]:
+def _delayed(program: FlatProgram, kept: frozenset[int]) -> list[_Step]:
     """The steps, in which operations that are no kernels and need arguments alone come only where another step first
     needs them. kept: values that are computed in their place and count as arguments."""
     steps = program.steps
@@ -427,7 +412,7 @@ def _united(roots: Mapping[int, frozenset[int]], numbers: Iterable[int]) -> froz
 
 
 def _roots(
-    program: _Program,
+    program: FlatProgram,
     steps: Sequence[_Step],
     setting: _Setting,
     size: Mapping[int, int],

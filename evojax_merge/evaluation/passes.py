@@ -6,14 +6,14 @@ The spec's factory makes a layer source of the first of the shared arrays and th
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from evojax_merge.evaluation.devices import AnyMesh, Devices, shard_population, size_of, vmap_sharded
-from evojax_merge.evaluation.liveness import result_axes
+from evojax_merge.evaluation.liveness import flat_program
 from evojax_merge.evaluation.sharding_axes import Axis, axis_of
 from evojax_merge.evaluation.targets import Platform
 from evojax_merge.models import generate
@@ -24,7 +24,6 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import (
     CacheUpdate,
     HeadSource,
-    LayerSource,
     LayerStates,
     forward,
     logits,
@@ -76,9 +75,9 @@ def trace(function: Any, *arguments: Any) -> TracedPass:
 
 def abstract_results(traced: TracedPass, devices: Devices, platform: Platform | None = None) -> Any:
     """The results of a pass, leading axis P on every leaf, as abstract arrays with the shardings that the pass leaves
-    them in on a platform (see `liveness.result_axes`)."""
+    them in on a platform."""
     leaves, tree = jax.tree.flatten(traced.out_info)
-    axes = result_axes(traced.jaxpr, traced.cut, devices.model, platform)
+    axes = flat_program(traced.jaxpr, traced.cut, devices.model, platform).axes
     return jax.tree.unflatten(
         tree, [devices.abstract_of_candidates(*leaf_and_axis) for leaf_and_axis in zip(leaves, axes, strict=True)]
     )
@@ -89,12 +88,6 @@ def _is_named(leaf: Any) -> bool:
 
 
 Materialised = TypeVar("Materialised", StackedWeights, UnstackedWeights)
-
-
-class WeightsFactory(Protocol):
-    """Makes a candidate's layer source. Hashable: part of the compiled program."""
-
-    def __call__(self, replicated: Any, candidate: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -115,14 +108,6 @@ class DifferentiableFactory(LazyMergeFactory):
 
     def __call__(self, replicated: Bank, candidate: Recipe) -> DifferentiableMerge:
         return differentiable_merge(replicated, candidate, self.spec, self.compute_dtype)
-
-
-class MaterialisedFactory(WeightsFactory, Protocol):
-    """A factory of models that exist in memory."""
-
-    def unstack(self, mesh: AnyMesh, replicated: Any, candidates: Any) -> tuple[Any, Any]:
-        """The candidates' shared arrays, and the arrays of each, with every layer in arrays of its own."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -176,7 +161,9 @@ class SharedExpertsFactory:
 
 @dataclass(frozen=True)
 class PassSpec:
-    """The static half of a pass: the decoder's config, the factory of the candidates' models, and the devices."""
+    """The static half of a pass: the decoder's config, the factory of the candidates' models, and the devices. A
+    factory of models that exist in memory has `unstack`: the candidates' shared arrays, and the arrays of each, with
+    every layer in arrays of its own."""
 
     config: DecoderConfig
     factory: Any
@@ -246,26 +233,27 @@ def _apply_logits_fn(
     return totals, jnp.zeros(totals.shape, bool)
 
 
+def _prefix_cache(spec: PassSpec, shared: Any, candidate: Any) -> LayerStates | None:
+    replicated, shared_prefix, images = shared
+    layout = prefix_layout(shared_prefix.shape[0])
+    source = spec.factory(replicated, candidate)
+    return forward(spec.config, source, shared_prefix[None], layout, return_states=True, images=images)[1]
+
+
 @partial(jax.jit, static_argnums=0)
 def prefill_prefix(spec: PassSpec, shared: Any, each: Any) -> LayerStates:
     """The KV cache of a shared prefix for each of P candidates. shared: the models' arrays, the prefix int32[H], one
     row, and its images or None; each: the candidates."""
-
-    def one(shared: Any, candidate: Any) -> LayerStates:
-        replicated, shared_prefix, images = shared
-        layout = prefix_layout(shared_prefix.shape[0])
-        source = spec.factory(replicated, candidate)
-        _, cache = forward(spec.config, source, shared_prefix[None], layout, return_states=True, images=images)
-        assert cache is not None
-        return cache
-
-    return vmap_sharded(spec.mesh, one, shared, each)
+    return vmap_sharded(spec.mesh, partial(_prefix_cache, spec), shared, each)
 
 
-def _hidden(spec: ScoreSpec, source: LayerSource, batch: Any, prefix: LayerStates | None) -> jax.Array:
-    """The final hidden states of a batch."""
+def _answers(spec: ScoreSpec, shared: Any, candidate: Any, prefix: LayerStates | None) -> tuple[jax.Array, jax.Array]:
+    """One candidate's answers to a batch (see `logprobs_from_hidden`)."""
+    replicated, batch = shared
+    source = spec.factory(replicated, candidate)
     layout = SequenceLayout(batch["positions"], batch["segment_ids"])
-    return forward(spec.config, source, batch["tokens"], layout, prefix=prefix, images=batch.get("images"))[0]
+    hidden, _ = forward(spec.config, source, batch["tokens"], layout, prefix=prefix, images=batch.get("images"))
+    return logprobs_from_hidden(spec.config, source, hidden, batch, spec.logits_fn)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -273,14 +261,7 @@ def score(spec: ScoreSpec, shared: Any, each: Any) -> tuple[jax.Array, jax.Array
     """float32[P, R] and bool[P, R]: a chunk of candidates on one batch (see `logprobs_from_hidden`). shared: the
     models' arrays, and a batch's, its `images` among them where it has any; each: the candidates, and their prefix's
     cache or None."""
-
-    def one(shared: Any, each: Any) -> tuple[jax.Array, jax.Array]:
-        (replicated, batch), (candidate, prefix) = shared, each
-        source = spec.factory(replicated, candidate)
-        hidden = _hidden(spec, source, batch, prefix)
-        return logprobs_from_hidden(spec.config, source, hidden, batch, spec.logits_fn)
-
-    return vmap_sharded(spec.mesh, one, shared, each)
+    return vmap_sharded(spec.mesh, lambda shared, each: _answers(spec, shared, *each), shared, each)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -290,12 +271,10 @@ def score_gradient(spec: ScoreSpec, shared: Any, each: Any) -> tuple[tuple[jax.A
     float32[P, R]."""
 
     def one(shared: Any, each: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        (replicated, batch), (candidate, prefix, weights) = shared, each
+        candidate, prefix, weights = each
 
         def goal(candidate: Any, prefix: LayerStates | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            source = spec.factory(replicated, candidate)
-            hidden = _hidden(spec, source, batch, prefix)
-            totals, is_greedy = logprobs_from_hidden(spec.config, source, hidden, batch, spec.logits_fn)
+            totals, is_greedy = _answers(spec, shared, candidate, prefix)
             return jnp.sum(weights * totals), (totals, is_greedy)
 
         (_, answers), gradients = jax.value_and_grad(goal, argnums=(0, 1), has_aux=True)(candidate, prefix)
@@ -310,14 +289,8 @@ def prefix_gradient(spec: PassSpec, shared: Any, each: Any) -> Any:
     float32. shared: as for `prefill_prefix`; each: the candidates, and the derivative with respect to the cache."""
 
     def one(shared: Any, each: Any) -> Any:
-        (replicated, shared_prefix, images), (candidate, cotangents) = shared, each
-
-        def cache(candidate: Any) -> LayerStates | None:
-            tokens, layout = shared_prefix[None], prefix_layout(shared_prefix.shape[0])
-            source = spec.factory(replicated, candidate)
-            return forward(spec.config, source, tokens, layout, return_states=True, images=images)[1]
-
-        output, pull_back = jax.vjp(cache, candidate)
+        candidate, cotangents = each
+        output, pull_back = jax.vjp(partial(_prefix_cache, spec, shared), candidate)
         cotangents = jax.tree.map(lambda cotangent, leaf: cotangent.astype(leaf.dtype), cotangents, output)
         return to_float32(pull_back(cotangents)[0])
 

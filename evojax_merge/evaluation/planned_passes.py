@@ -14,7 +14,7 @@ import numpy as np
 from evojax_merge.checkpoints.abstract_bank import anywhere
 from evojax_merge.evaluation.costs import Cost, cost_of, scan_length
 from evojax_merge.evaluation.devices import Devices, is_sharded, tree_nbytes
-from evojax_merge.evaluation.liveness import exchanges, sent_bytes, temporary_bytes
+from evojax_merge.evaluation.liveness import flat_program, sent_bytes, temporary_bytes
 from evojax_merge.evaluation.passes import TracedPass, abstract_results, trace
 from evojax_merge.evaluation.programs import Evaluation, Program
 from evojax_merge.evaluation.targets import Platform, Target
@@ -58,7 +58,8 @@ class JaxprReader:
 
     def sent_bytes(self, traced: TracedPass, steps: int) -> float:
         shards = self.devices.model
-        return sent_bytes(exchanges(traced.jaxpr, traced.cut, shards, self.target.platform), shards, steps)
+        program = flat_program(traced.jaxpr, traced.cut, shards, self.target.platform)
+        return sent_bytes(program.exchanges, shards, steps)
 
     def outputs(self, traced: TracedPass) -> Any:
         return abstract_results(traced, self.devices, self.target.platform)

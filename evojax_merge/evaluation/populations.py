@@ -141,8 +141,10 @@ class MergePopulation(Population):
     factory: LazyMergeFactory
 
     def source(self, candidates: Any, compute_dtype: str) -> Source:
-        merged = partial(_merge_bytes, self.replicated, compute_dtype, 1)
-        return Source(self.factory, self.replicated, candidates, merge_bytes=merged)
+        return Source(
+            self.factory, self.replicated, candidates,
+            merge_bytes=lambda results: merge_bytes(self.replicated, compute_dtype),
+        )  # fmt: skip
 
     def model_shape(self) -> Any:
         return _merged_shape(self.factory, self.replicated, self)
@@ -169,10 +171,6 @@ def _merged_shape(factory: Any, bank: Bank, population: Population) -> Any:
     return jax.eval_shape(partial(passes.materialise, passes.MaterialiseSpec(factory, None)), bank, candidate)
 
 
-def _merge_bytes(bank: Bank, compute_dtype: str, times: int, results: Any) -> int:
-    return times * merge_bytes(bank, compute_dtype)
-
-
 @dataclass(frozen=True)
 class DifferentiablePopulation(Population):
     """P candidates whose arrays have derivatives."""
@@ -197,8 +195,10 @@ class DifferentiableMerges(DifferentiablePopulation):
 
     def source(self, candidates: Any, compute_dtype: str) -> Source:
         # Merged, and merged again by the derivative, which then reads the sources once more.
-        merged = partial(_merge_bytes, self.replicated, compute_dtype, 3)
-        return Source(self.factory, self.replicated, candidates, merge_bytes=merged)
+        return Source(
+            self.factory, self.replicated, candidates,
+            merge_bytes=lambda results: 3 * merge_bytes(self.replicated, compute_dtype),
+        )  # fmt: skip
 
     def model_shape(self) -> Any:
         """One candidate's shapes, in the dtype of its computation, which is that of its gradient."""

@@ -1,6 +1,6 @@
 """Responses of a population to a task's rows: entered as passes end, reduced to scores and their derivatives."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:
     return vars(batch) | {"rows": batch.rows.astype(np.int32)}
 
 
-def enter(responses: Responses, rows: np.ndarray, batch: ScoringBatch, totals: Any, greedy: Any) -> None:
-    """Enter the results of a pass for the candidates `rows` and a batch, each [>= len(rows), R]."""
+def enter(responses: Responses, rows: np.ndarray, batch: ScoringBatch, results: Sequence[Any]) -> None:
+    """Enter the first two results of a pass for the candidates `rows` and a batch: totals, and whether they are greedy,
+    each [>= len(rows), R]."""
     real = batch.rows >= 0
-    for matrix, values in ((responses.totals, totals), (responses.greedy, greedy)):
+    for matrix, values in ((responses.totals, results[0]), (responses.greedy, results[1])):
         matrix[np.ix_(rows, batch.rows[real])] = on_host(values)[: len(rows), real]
 
 
@@ -36,11 +37,6 @@ def score_task(task: Task, responses: Responses, nonfinite: np.ndarray) -> dict[
             what = f"an array of shape {list(np.shape(matrix))}" if isinstance(matrix, np.ndarray) else shown(matrix)
             raise Failed(f"task {task.name}: score returned {what} as {metric}; expected numbers {list(shape)}")
     return {metric: np.where(failed[:, None], np.nan, matrix).astype(np.float32) for metric, matrix in scores.items()}
-
-
-def score_metric(task: Task, responses: Responses) -> dict[str, np.ndarray]:
-    """The scores of the metric that counts, float32[P, N]."""
-    return {task.metric: score_task(task, responses, np.zeros(len(responses.totals), bool))[task.metric]}
 
 
 def score_gradients(task: Task, responses: Responses, weight: float) -> np.ndarray:

@@ -21,7 +21,7 @@ from evojax_merge.evaluation.compilations import Compilations, compilations
 from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.costs import Cost, seconds_of
 from evojax_merge.evaluation.devices import tree_nbytes
-from evojax_merge.evaluation.liveness import operations
+from evojax_merge.evaluation.liveness import flat_program
 from evojax_merge.evaluation.planned_passes import DeviceSizes, PlanUse, SizedPass
 from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.evaluation.timings import (
@@ -346,7 +346,7 @@ def _compiling(
 
     def seconds(passes: Sequence[SizedPass], programs: int) -> float:
         traced = {str(each.planned.traced.out_info): each.planned.traced for each in passes}.values()
-        sizes = [operations(each.jaxpr, each.cut, model, target.platform) for each in traced]
+        sizes = [flat_program(each.jaxpr, each.cut, model, target.platform).operations for each in traced]
         return sum(SECONDS_PER_OPERATION * size for size in sizes) + SECONDS_PER_PROGRAM * programs
 
     # Each adapter has passes of its own, with a gradient and without.

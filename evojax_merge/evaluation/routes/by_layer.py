@@ -240,15 +240,10 @@ def _scoring(
         for i, task in enumerate(inputs):
             head = passes.ScoreSpec(spec.config, spec.factory, spec.mesh, task.task.requests.logits_fn)
             for batch, arrays, x in zip(task.scoring_batches, task.batches, one.states[-1].batches[i], strict=True):
-                read = partial(_enter, responses[i], one.rows, batch)
+                read = partial(enter, responses[i], one.rows, batch)
                 yield Program(HEAD, layer_passes.answer, (head, (ends, arrays), (candidates, x)), chunk, read=read)
 
     yield each(answering)
-
-
-def _enter(responses: Responses, rows: np.ndarray, batch: ScoringBatch, results: Any) -> None:
-    """Enter the results of a batch, the first two of a program's."""
-    enter(responses, rows, batch, *results[:2])
 
 
 def _embed(
@@ -360,7 +355,7 @@ def _differentiating(
                 padded = pad_chunk(weights[i], one.rows, chunk)
                 real = np.where(batch.rows >= 0, padded[:, batch.rows], 0).astype(np.float32)
                 arguments = (head, (ends, arrays), (one.candidates.shared, x, real))
-                read = partial(_enter, responses[i], one.rows, batch)
+                read = partial(enter, responses[i], one.rows, batch)
                 _, _, slope, cotangent = yield Program(
                     HEAD_GRADIENT, layer_passes.answer_gradient, arguments, chunk, read=read
                 )

@@ -127,8 +127,8 @@ def _scoring(
             return batch, results
 
         def read(result: Any, rows: np.ndarray = rows) -> None:
-            batch, (totals, greedy) = result
-            enter(responses, rows, batch, totals, greedy)
+            batch, answers = result
+            enter(responses, rows, batch, answers)
             progress(len(rows))
 
         yield Each(map(job, scoring.batches), read)
@@ -179,8 +179,8 @@ def _differentiating(
         return batch, results
 
     def read(result: Any) -> None:
-        batch, ((totals, greedy), _) = result
-        enter(responses, rows, batch, totals, greedy)
+        batch, (answers, _) = result
+        enter(responses, rows, batch, answers)
         progress(len(rows))
 
     gradient, cotangents = yield Each(map(job, scoring.batches), read, lambda result: result[1][1])
