@@ -293,8 +293,13 @@ def _row_chunk(carry: Carry, operands: Any) -> tuple[Carry, jax.Array]:
     goes_on = (segments == segment[:, None]) & (segments > 0)
 
     def read(x: jax.Array) -> jax.Array:
-        with_current = jnp.tile(goes_on, x.shape[1] // tokens)
-        return jnp.where(with_current[:, None, None, :, None], _read(current, x), _read(shared, x))
+        def of_both() -> jax.Array:
+            with_current = jnp.tile(goes_on, x.shape[1] // tokens)
+            return jnp.where(with_current[:, None, None, :, None], _read(current, x), _read(shared, x))
+
+        # Most chunks lie within one sequence.
+        read: jax.Array = jax.lax.cond(goes_on.all(), lambda: _read(current, x), of_both)
+        return read
 
     out, updates = _chunk(query, key, value, pairs, read)
 
@@ -309,7 +314,9 @@ def _row_chunk(carry: Carry, operands: Any) -> tuple[Carry, jax.Array]:
     last = jnp.take_along_axis(segments, jnp.max(jnp.where(is_token, at, 0), axis=1, keepdims=True), axis=1)[:, 0]
     last = jnp.where(is_token.any(axis=1), last, segment)
     stays = (last == segment)[:, None, None, None, None]
-    return (behind(segments == 0, shared), behind(is_token, jnp.where(stays, current, shared)), last), out
+    is_shared = segments == 0
+    shared_behind = jax.lax.cond(is_shared.any(), lambda: behind(is_shared, shared), lambda: shared)
+    return (shared_behind, behind(is_token, jnp.where(stays, current, shared)), last), out
 
 
 # ---------------------------------------------------------------------------------------------------------------
