@@ -108,7 +108,7 @@ def block(
         return x + conv1d(up, weights, "down"), kept
 
 
-def final_norm(config: GPT2Config, source: SharedWeights, x: jax.Array) -> jax.Array:
+def final_norm(config: Any, source: SharedWeights, x: jax.Array) -> jax.Array:
     return layer_norm(x, source.leaf("final_norm"), source.leaf("final_norm_bias"), config.norm_eps)
 
 

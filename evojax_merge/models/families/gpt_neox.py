@@ -7,16 +7,11 @@ from typing import Any
 
 import jax
 
-from evojax_merge.models.architecture import LAYERS, Architecture, Leaf, SharedWeights
+from evojax_merge.models.architecture import LAYERS, Architecture, Leaf
 from evojax_merge.models.config import NO_WINDOW, DecoderConfig, RopeConfig
 from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, above, one_of
-from evojax_merge.models.families.llama_like import (
-    PARTIAL_ROPE,
-    PARTIAL_ROTARY,
-    embed,
-    position_tables,
-    rope_config,
-)
+from evojax_merge.models.families.gpt2 import final_norm
+from evojax_merge.models.families.llama_like import PARTIAL_ROPE, PARTIAL_ROTARY, embed, rope_config
 from evojax_merge.models.layers import (
     ACTIVATIONS,
     Attend,
@@ -27,6 +22,7 @@ from evojax_merge.models.layers import (
     dense,
     dense_heads,
     layer_norm,
+    rope_tables,
 )
 
 
@@ -108,10 +104,6 @@ def block(
         return after_attention + dense(up, weights, "down"), kept
 
 
-def final_norm(config: GPTNeoXConfig, source: SharedWeights, x: jax.Array) -> jax.Array:
-    return layer_norm(x, source.leaf("final_norm"), source.leaf("final_norm_bias"), config.norm_eps)
-
-
 def read_config(hf: Mapping[str, Any]) -> GPTNeoXConfig:
     hidden, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
     if hidden % heads:
@@ -168,7 +160,7 @@ GPT_NEOX = Architecture(
         "vocab": config.vocab,
     },
     embed=embed,
-    position_tables=position_tables,
+    position_tables=lambda config, layout: rope_tables(config.rope, config.rotary_dim, layout),
     block=block,
     final_norm=final_norm,
     config_class="GPTNeoXConfig",
