@@ -16,7 +16,7 @@ from evojax_merge.models.config_keys import KERNEL, SIZE, SWITCH, TEXTS, Expecte
 from evojax_merge.models.families import llama_like, mixture
 from evojax_merge.models.families.llama_like import BIASES, PARTIAL_ROPE, PARTIAL_ROTARY, read_types
 from evojax_merge.models.families.mixture import ALL_SPARSE
-from evojax_merge.models.families.qwen_vl import SECTION, SECTIONS, in_turns
+from evojax_merge.models.families.qwen_vl import SECTION, SECTIONS, in_turns, read_mrope
 from evojax_merge.models.layers import (
     Attend,
     CosSin,
@@ -139,20 +139,16 @@ def read(
     """The config for the values `hf` of the keys of config.json. read_common: reads those of a Llama or a mixture;
     sections: M-RoPE's by default; empty: the model has plain RoPE."""
     types = read_types(hf, (FULL, gated_delta.STACK))
-    settings = hf["rope_parameters"]
-    rope = {key: value for key, value in settings.items() if key not in (SECTION, "mrope_interleaved")}
-    plain = {"rope_parameters": rope, "tie_word_embeddings": hf.get("tie_word_embeddings", False)}
     shape = gated_delta.delta_shape(
         hf["linear_num_key_heads"], hf["linear_num_value_heads"], hf["linear_key_head_dim"],
         hf["linear_value_head_dim"], hf["linear_conv_kernel_dim"],
     )  # fmt: skip
-    # A mixture's class has no width of plain MLPs.
-    config = read_common(
-        {"intermediate_size": hf.get("moe_intermediate_size"), **hf, **plain}, layer_types=types,
-        recurrent=shape if gated_delta.STACK in types else None, windows=(NO_WINDOW,) * len(types),
+    read_layers = partial(
+        read_common, layer_types=types, recurrent=shape if gated_delta.STACK in types else None,
+        windows=(NO_WINDOW,) * len(types),
     )  # fmt: skip
-    axes = in_turns(settings.get(SECTION) or sections, config.rotary_dim // 2) if sections else ()
-    return replace(config, rope_axes=axes)
+    # A mixture's class has no width of plain MLPs.
+    return read_mrope(read_layers, in_turns, sections, {"intermediate_size": hf.get("moe_intermediate_size"), **hf})
 
 
 def delta(

@@ -45,12 +45,12 @@ def read_mrope(
     default: Sequence[int],
     hf: Mapping[str, Any],
 ) -> Config:
-    """The config that `read` makes for the text decoder, with M-RoPE. The whole model's config says whether the head is
-    the embedding."""
+    """The config that `read` makes for the text decoder, with M-RoPE, whose sections are by default `default`; empty:
+    plain RoPE. The whole model's config says whether the head is the embedding."""
     settings = hf["rope_parameters"]
     rope = {key: value for key, value in settings.items() if key not in (SECTION, "mrope_interleaved")}
     text = read({**hf, "rope_parameters": rope, "tie_word_embeddings": hf.get("tie_word_embeddings", False)})
-    return replace(text, rope_axes=axes(settings.get(SECTION) or default, text.head_dim // 2))
+    return replace(text, rope_axes=axes(settings.get(SECTION) or default, text.rotary_dim // 2) if default else ())
 
 
 def qwen_vl(model_type: str, config_class: str, keys: dict[str, Expected], text: str, read: Any) -> Architecture:
