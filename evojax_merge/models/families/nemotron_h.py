@@ -207,7 +207,7 @@ def read(hf: Mapping[str, Any]) -> NemotronHConfig:
         raise ValueError("mlp_bias: true; expected false in a model with mixtures")
     # The class gives models without mixtures numbers of experts, too.
     return mixture.read_mixture(
-        "nemotron_h", hf | settings, NemotronHConfig, experts="n_routed_experts", keys=fields, layer_types=types,
+        "nemotron_h", {**hf, **settings}, NemotronHConfig, experts="n_routed_experts", keys=fields, layer_types=types,
         mamba=mamba, recurrent=shape if MAMBA in types else None, latent=hf["moe_latent_size"] or 0,
         experts_per_token=hf["num_experts_per_tok"] if has_experts else 0,
         gate=read_gate(hf, scores="sigmoid", added=1e-20) if has_experts else Gate(),
