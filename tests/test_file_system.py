@@ -62,7 +62,7 @@ WITHOUT_FILE_SYSTEM = {
     FILLS: {
         "backends/function/opening.py": ["save_tree"], "backends/function/backend.py": ["FunctionBackend.export"],
         "backends/torch/folders.py": ["save_merge", "OwnModules.save"],
-        "backends/torch/generator.py": ["save_generator"], "backends/torch/pipelines.py": ["PipelineBackend.export"],
+        "backends/torch/generator.py": ["save_generator"], "backends/torch/pipelines.py": ["PipelineBackend.pictures"],
         "checkpoints/adapter_writer.py": ["AdapterWriter.__exit__"],
         "checkpoints/derived.py": ["_link", "_as_folder.write", "_stand_in"],
         "checkpoints/generator_lora.py": ["write_fused", "_save"],

@@ -47,17 +47,14 @@ class Planner(Protocol):
     @property
     def sizes(self) -> DeviceSizes:
         """Bytes of the loaded bank, where as many devices share it as the settings say."""
-        ...
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Lines on what candidates compute, and where models lie, beside the usual."""
-        ...
 
     @property
     def jobs(self) -> int:
         """The number of passes that run side by side on a device."""
-        ...
 
     def passes(
         self, tasks: Sequence[Any], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None,
@@ -66,7 +63,6 @@ class Planner(Protocol):
         """The passes that evaluate the first chunk of `candidates` candidates, of all groups of devices together, on
         tasks in the form B. compiler: reports the memory of every pass; None: estimates alone. smallest: those that
         are taken where larger ones do not fit."""
-        ...
 
 
 BaselineRole = Literal["uniform", "plain"]
@@ -162,55 +158,45 @@ class Backend(Protocol):
 
     def check(self, where: str, task: Any) -> None:
         """Raises InputError for a task that asks for another kind of model."""
-        ...
 
     def example_lengths(self, task: Any) -> np.ndarray:
         """float64[N]: the relative cost of each of a task's examples."""
-        ...
 
     def prepare(self, splits: Splits[list[Any]]) -> Prepared:
         """Prepare the tasks of every split, on the host. Raises InputError for an example that the models cannot be
         asked."""
-        ...
 
     def files(self) -> set[Path]:
         """The models' files that scores depend on."""
-        ...
 
     # ---- The cost
 
     def planner(self) -> Planner:
         """A planner for the target."""
-        ...
 
     # ---- The search
 
     def load(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
         """Load the bank on the devices. `progress` receives the bytes that were loaded; folder: the place of files that
         a search keeps candidates in, None: a temporary one."""
-        ...
 
     def evaluators(
         self, bank: Any, prepared: Splits[list[Any]], population: int, devices: Devices, log: Callable[[str], None]
     ) -> Splits[SpaceEvaluator[Any]]:
         """Evaluators of genomes on each of the splits, in the final compute dtype where no generation is scored.
         population: of a generation; `log` receives the evaluators' notes."""
-        ...
 
     def describe_work(self, evaluators: Sequence[SpaceEvaluator[Any]]) -> str:
         """One line on how the candidates of a search were evaluated."""
-        ...
 
     def within(self, context: Any) -> "Backend":
         """The backend once the strategy's state lends `context` to the space; None: genomes are complete by
         themselves."""
-        ...
 
     # ---- The winner
 
     def score_stored(self, model: Path, heldout: SpaceEvaluator[Any], progress: Progress) -> TaskScores:
         """The scores of one of the compared models on the held-out split."""
-        ...
 
     def answers(
         self, model: str, candidate: Path | np.ndarray, heldout: SpaceEvaluator[Any], scores: TaskScores, number: int
@@ -218,7 +204,6 @@ class Backend(Protocol):
         """The answers of the scored model `number`, a row for each task and example: what `score_rows` has, and where
         there are any `prompt`, `target` and `outputs`, the question, the right answer and the model's, in words. model:
         its name; candidate: one of the compared models, or a genome."""
-        ...
 
     def describe(self, genome: np.ndarray) -> CandidateFacts: ...
 
@@ -228,7 +213,6 @@ class Backend(Protocol):
         """Write the candidate of a genome, whose recipe is the YAML `recipe`, as the model `out`. `check` raises an
         exception where `out` must not be replaced. Returns the account of the models' tensors for result.json (see
         `mergekit.account`); empty where all are merged by name."""
-        ...
 
 
 class Adapts(Protocol):
@@ -239,7 +223,6 @@ class Adapts(Protocol):
     ) -> Adaptable:
         """One of the compared models, or the candidate of a genome, to be changed by low rank, on the examples of some
         evaluators of genomes. rank, scale: see `LowRankLayout`."""
-        ...
 
 
 class BackendFactory(Protocol):
@@ -248,15 +231,12 @@ class BackendFactory(Protocol):
     def merges_recipes(self, config: Mapping[str, Any]) -> bool:
         """Whether `merge` or `moe` makes a candidate of its recipe; otherwise the backend makes it of its genome.
         config: by its keys, of a search or of a run."""
-        ...
 
     def check(self, where: str, config: Config) -> None:
         """Raises InputError for a config that cannot be searched, before any file is opened."""
-        ...
 
     def open(
         self, where: str, config: Config, folder: Path, target: Target, resolve: Resolve, chained: bool
     ) -> Backend:
         """Open the models of a config by their headers. Relative paths start in `folder`; `chained`: the first parent
         is the winner of the stage before, or stands for it."""
-        ...

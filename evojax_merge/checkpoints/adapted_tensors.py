@@ -1,6 +1,6 @@
 """Tensors of a base that an adapter changes: low-rank sums, with or without magnitudes, and trained rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,54 +83,20 @@ class ExpertColumns(TensorSlice):
         return np.ascontiguousarray(self.read())
 
 
-@dataclass(frozen=True)
-class AdaptedExperts(ChangedTensor):
+def adapted_experts(parts: Sequence[np.ndarray], scale: float, outputs_first: bool) -> np.ndarray:
     """The experts of a layer, in one tensor `[E, in, out]` or, `outputs_first`, `[E, out, in]`, each with an adapter of
     its own."""
-
-    base: Tensor
-    a: Tensor
-    b: Tensor
-    scale: float
-    outputs_first: bool
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return self.base, self.a, self.b
-
-    def read(self) -> np.ndarray:
-        experts = self.shape[0]
-        a = _float32(self.a).reshape(experts, -1, self.a.shape[-1])
-        b = _float32(self.b).reshape(self.b.shape[0], -1, experts) * np.float32(self.scale)
-        b = b.transpose(2, 0, 1)
-        added = b @ a if self.outputs_first else (b @ a).swapaxes(1, 2)
-        return (self.base.load().astype(np.float32) + added).astype(self.dtype)
-
-    def content(self) -> Iterator[np.ndarray]:
-        yield from super().content()
-        yield np.frombuffer(np.float64(self.scale).tobytes(), np.uint8)
+    base, a, b = (part.astype(np.float32, copy=False) for part in parts)
+    a = a.reshape(len(base), -1, a.shape[-1])
+    b = (b.reshape(len(b), -1, len(base)) * np.float32(scale)).transpose(2, 0, 1)
+    return base + (b @ a if outputs_first else (b @ a).swapaxes(1, 2))
 
 
-@dataclass(frozen=True)
-class TrainedRows(ChangedTensor):
+def trained_rows(parts: Sequence[np.ndarray], numbers: tuple[int, ...]) -> np.ndarray:
     """An embedding or head `[n, hidden]` of which the rows `numbers` are those of `rows [len(numbers), hidden]`."""
-
-    base: Tensor
-    rows: Tensor
-    numbers: tuple[int, ...]
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return self.base, self.rows
-
-    def read(self) -> np.ndarray:
-        values = np.array(self.base.load())
-        values[list(self.numbers)] = self.rows.load()
-        return values
-
-    def content(self) -> Iterator[np.ndarray]:
-        yield from super().content()
-        yield np.array(self.numbers, np.int64).view(np.uint8)
+    values = np.array(parts[0])
+    values[list(numbers)] = parts[1]
+    return values
 
 
 _expand = jax.jit(add_low_rank)

@@ -22,15 +22,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from evojax_merge.checkpoints.adapted_tensors import (
-    AdaptedExperts,
     AdaptedTensor,
     DoraTensor,
     ExpertColumns,
-    TrainedRows,
+    adapted_experts,
+    trained_rows,
 )
 from evojax_merge.checkpoints.config_file import decoder_settings
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, TensorSlice, decoder_of
-from evojax_merge.checkpoints.folder import Folder, Tensor, is_float, read_header
+from evojax_merge.checkpoints.folder import ComputedTensor, Folder, Tensor, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, nearest, shown
 from evojax_merge.models.architecture import EMBEDDING, Architecture, Leaf
@@ -380,7 +380,8 @@ def _with_rows(config: AdapterConfig, module: str, name: str, base: Tensor, rows
             f"{list(expected)}: {config.path.name} names {len(numbers)} rows in {TOKENS}, and the base's {name} has "
             f"{base.shape[0]:,}",
         )  # fmt: skip
-    return TrainedRows(base, rows, numbers)
+    identity = np.array(numbers, np.int64).tobytes()
+    return ComputedTensor(base.dtype, base.shape, (base, rows), trained_rows, (numbers,), identity)
 
 
 @dataclass(frozen=True)
@@ -452,7 +453,8 @@ def _adapted_experts(
             f"{rank}",
         )  # fmt: skip
     if not first.has_experts:
-        return {names[0][0]: AdaptedExperts(entries[names[0][0]], a, b, scale, outputs_first)}
+        whole, settings, identity = entries[names[0][0]], (scale, outputs_first), np.float64(scale).tobytes()
+        return {names[0][0]: ComputedTensor(whole.dtype, shape, (whole, a, b), adapted_experts, settings, identity)}
     return {
         name: AdaptedTensor(
             entries[name],

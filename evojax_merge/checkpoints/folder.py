@@ -219,7 +219,9 @@ class ComputedTensor(Tensor):
     identity: bytes = b""
 
     def read(self) -> np.ndarray:
-        return self.formula([part.load() for part in self.parts], *self.settings).astype(self.dtype, order="C")
+        return self.formula([part.load() for part in self.parts], *self.settings).astype(
+            self.dtype, order="C", copy=False
+        )
 
     def content(self) -> Iterator[np.ndarray]:
         # The parts, not the values: their last bits depend on the machine, and random masks must not.

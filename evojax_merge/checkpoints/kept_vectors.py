@@ -59,7 +59,8 @@ def prepare_or_read(
     constants = [(p.name, np.asarray(parameters[p.name]).tolist()) for p in method.parameters if not p.searched]
     digests = [sha256(np.ascontiguousarray(x, dtype).reshape(-1).view(np.uint8).data).digest() for x in tensors]
     code = code_digest(Path(merge_kernels.__file__).parent)
-    content = repr([method.name, constants, digests, sources.moment_contents(inputs), code])
+    of_moments = [] if sources.moments is None else [sources.moments.content(*each) for each in inputs]
+    content = repr([method.name, constants, digests, of_moments, code])
     file = cache_folder() / "vectors" / sha256(content.encode()).hexdigest()
     count = method.mask_keys(len(parents))
     vectors = _read(file, count, keys_shape, keys_dtype)

@@ -242,10 +242,6 @@ class Sources:
         """One source's moments of a tensor; None: it has none, or none are measured."""
         return None if self.moments is None else self.moments.of(source, tensor)
 
-    def moment_contents(self, inputs: Sequence[tuple[int, str]]) -> list[bytes]:
-        """sha256 of everything that the moments of sources' tensors follow from; none where none are measured."""
-        return [] if self.moments is None else [self.moments.content(*each) for each in inputs]
-
 
 def open_sources(
     paths: Sequence[Path], tokenizer: TokenizerChoice | None = None, open_decoder: OpenDecoder = decoder_of

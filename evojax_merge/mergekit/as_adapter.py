@@ -326,10 +326,10 @@ def _write_differences(
     unchanged_experts: dict[str, tuple[int, ...]] = {}
     experts_change = False
 
-    def change_to(name: str, merged: np.ndarray) -> Change:
-        return _change(merge_plan, tensors[name], options, merged)
-
-    for name, change in zip(tensors, merged_tensors(merge_plan, list(tensors), change_to), strict=True):
+    changes = merged_tensors(
+        merge_plan, list(tensors), lambda name, merged: _change(merge_plan, tensors[name], options, merged)
+    )
+    for name, change in zip(tensors, changes, strict=True):
         key, matrix = change.key, len(change.shape) > 1
         norms += np.square([change.size, change.before]) if matrix else 0
         if change.left_out is not None:

@@ -269,13 +269,6 @@ def _varies(lists: Iterable[Mapping[str, Sequence[Any]]]) -> bool:
     return any(len(set(entries)) > 1 for each in lists for entries in each.values())
 
 
-def _derived_lists(folder: DecoderFolder, depth: int) -> dict[str, list[Any]]:
-    """The lists with an entry per layer that a config of this depth has where it gives none itself."""
-    if any(key in folder.config for key in LAYER_LISTS):
-        return {}
-    return layer_lists(folder.where, folder.config | {"num_hidden_layers": depth})
-
-
 def _set_depth(
     config: dict[str, Any],
     sources: Sources,
@@ -295,7 +288,11 @@ def _set_depth(
         except ValueError as error:
             raise InputError(sources.folders[leader].where, f"{error}; slices: cannot bring the layers there") from None
     lists = [layer_lists(folder.where, folder.config) for folder in sources.folders]
-    if _varies(lists) or _varies(_derived_lists(folder, len(origins)) for folder in sources.folders):
+    derived = (
+        layer_lists(folder.where, folder.config | {"num_hidden_layers": len(origins)})
+        for folder in sources.folders if not any(key in folder.config for key in LAYER_LISTS)
+    )  # fmt: skip
+    if _varies(lists) or _varies(derived):
         # Decoders derive a layer's kind from its number, which slices change.
         configs = [config | each for config, each in zip(configs, lists, strict=True)]
     config.update({key: configs[leader][key] for key in LAYER_LISTS if key in configs[leader]})

@@ -131,10 +131,6 @@ class Output:
     written_name: Callable[[str], str] = lambda name: name
 
 
-def _mixtral(experts: int, per_token: int, shared: int, width: int) -> dict[str, Any]:
-    return {"num_local_experts": experts, "num_experts_per_tok": per_token}
-
-
 def _qwen(experts: int, per_token: int, shared: int, width: int) -> dict[str, Any]:
     keys = {"num_experts": experts, "num_experts_per_tok": per_token, "decoder_sparse_step": 1, "norm_topk_prob": True}
     return keys | {"mlp_only_layers": [], "moe_intermediate_size": width}
@@ -161,7 +157,10 @@ def _deepseek_name(name: str) -> str:
 
 # In the order in which they are tried. All normalise the weights of a token's experts to a sum of 1.
 _LLAMAS = ("llama", "mistral", "phi3")
-_MIXTRAL = Output("Mixtral", "mixtral", "MixtralForCausalLM", (*_LLAMAS, "gemma"), ("none",), _mixtral)
+_MIXTRAL = Output(
+    "Mixtral", "mixtral", "MixtralForCausalLM", (*_LLAMAS, "gemma"), ("none",),
+    lambda experts, per_token, *_: {"num_local_experts": experts, "num_experts_per_tok": per_token},
+)  # fmt: skip
 OUTPUTS = (
     _MIXTRAL,
     Output(

@@ -102,7 +102,6 @@ class SharedWeights(Protocol):
     def leaf(self, name: str) -> jax.Array: ...
     def rows(self, name: str, ids: jax.Array) -> jax.Array:
         """`[…, *]`: the rows `ids: int32[…]` of a leaf `[n, *]`. A merge computes these rows alone."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

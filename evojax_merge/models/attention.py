@@ -103,14 +103,7 @@ def _grouped_matmul(left: jax.Array, right: jax.Array, subscripts: str, dtype: A
     return out.reshape(groups, batch, repeats, steps, -1)
 
 
-def causal_attention(
-    query: jax.Array,
-    rows: KVSegment,
-    prefix: Sequence[KVSegment],
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
+def causal_attention(query: jax.Array, rows: KVSegment, prefix: Sequence[KVSegment], **options: Any) -> jax.Array:
     """`gqa_attention` of whole rows to themselves and to a prefix. No query attends to a later column, so that a block
     of queries is only multiplied with the columns up to its own."""
     steps = query.shape[1]
@@ -120,7 +113,7 @@ def causal_attention(
     def block(begin: int, end: int) -> jax.Array:
         upto = KVSegment(rows.key[..., :end], rows.value[:, :, :end], rows.mask[:, begin:end, :end])
         earlier = [KVSegment(segment.key, segment.value, segment.mask[:, begin:end]) for segment in prefix]
-        return gqa_attention(query[:, begin:end], [*earlier, upto], scale, softcap, sinks)
+        return gqa_attention(query[:, begin:end], [*earlier, upto], **options)
 
     return jnp.concatenate([block(begin, end) for begin, end in pairwise(edges)], axis=1)
 
@@ -281,11 +274,13 @@ def by_head(key: jax.Array, value: jax.Array) -> KeyValue:
     return shard(key.transpose(2, 0, 3, 1), 0), shard(value.transpose(2, 0, 1, 3), 0)
 
 
-def attend_by_head(attention: Callable[..., jax.Array], query: jax.Array, kv_heads: int, *arguments: Any) -> jax.Array:
+def attend_by_head(
+    attention: Callable[..., jax.Array], query: jax.Array, kv_heads: int, *arguments: Any, **options: Any
+) -> jax.Array:
     """The attention of queries `[B, T, H, d]`. Devices that share a model compute some of the heads each, where that
     divides no group of heads that share keys and values; else all heads."""
     cut = kv_heads % model_shards() == 0
-    return shard(attention(shard(query, 2, cut), *arguments), -1, cut)
+    return shard(attention(shard(query, 2, cut), *arguments, **options), -1, cut)
 
 
 def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValue | None = None) -> Attend:
@@ -295,15 +290,7 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
     is_long = steps * (steps + (0 if prefix is None else prefix[1].shape[1])) > MAX_PAIRS
     before = [] if prefix is None else [(*prefix, prefix_layout(prefix[1].shape[1]))]
 
-    def attend(
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValue]:
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> tuple[jax.Array, KeyValue]:
         key, value = by_head(key, value)
         attention: Callable[..., jax.Array]
         if is_long:
@@ -315,6 +302,6 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
             is_causal = layout.image_ids is None
             attention = causal_attention if is_causal else gqa_attention
             arguments = (whole, masked) if is_causal else ([*masked, whole],)
-        return attend_by_head(attention, query, key.shape[0], *arguments, scale, softcap, sinks), (key, value)
+        return attend_by_head(attention, query, key.shape[0], *arguments, **options), (key, value)
 
     return attend

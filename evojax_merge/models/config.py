@@ -102,8 +102,11 @@ class LlamaLikeConfig(DecoderConfig):
     `norm` is the kind of its norms: RMSNorm whose gain multiplies in the weights' dtype (rms) or in float32
     (rms_float32), or LayerNorm (layer). `norm_offset` is added to each stored gain. `norm_behind_rope` says that
     queries and keys are normalised behind RoPE, not before. `rotary_dim` is the number of entries of a head that RoPE
-    rotates; `interleaved` says that it pairs neighbours, not halves.
-    `side_by_side` says that the MLP reads the layer's input, as attention does, not attention's output.
+    rotates; `interleaved` says that it pairs neighbours, not halves. `rope_axes`: for each frequency of M-RoPE, whether
+    it rotates by a token's place in time (0), height (1) or width (2); empty: all by its place in time. `local_rope`:
+    the RoPE of layers with a sliding window, where these have one of their own. `clip`: the bound of the entries of
+    queries, keys and values; None: they have none. `side_by_side` says that the MLP reads the layer's input, as
+    attention does, not attention's output.
     """
 
     mlp: int
@@ -120,18 +123,13 @@ class LlamaLikeConfig(DecoderConfig):
     norm_behind_rope: bool = False
     interleaved: bool = False
     side_by_side: bool = False
+    rope_axes: tuple[int, ...] = ()
+    local_rope: RopeConfig | None = None
+    clip: float | None = None
 
     @property
     def position_switch(self) -> int | None:
         return self.rope.original_max_position if self.rope.kind == "longrope" else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class MropeConfig(LlamaLikeConfig):
-    """A decoder with M-RoPE. rope_axes: for each frequency, whether it rotates by a token's place in time (0), height
-    (1) or width (2)."""
-
-    rope_axes: tuple[int, ...]
 
 
 def _default_frequencies(theta: float, dim: int) -> np.ndarray:

@@ -37,6 +37,7 @@ from evojax_merge.models.attention import (
     gqa_attention,
     prefill_attention,
 )
+from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.images import ImageInputs
 from evojax_merge.models.layers import (
@@ -61,6 +62,7 @@ from evojax_merge.models.recurrence import (
     histories,
 )
 from evojax_merge.models.sharding import replicate, shards_of
+from evojax_merge.models.sources import StackedWeights, UnstackedWeights
 
 # Rows of the LM head that are in memory at once while scoring, on all devices that share the head together.
 VOCAB_TILE = 8192
@@ -83,12 +85,6 @@ class LayerSource(HeadSource, SharedWeights, Protocol):
     @property
     def stacks(self) -> Any: ...
     def layer(self, slice_: Any) -> Weights: ...
-
-
-class MaterialisedSource(HeadSource, SharedWeights, Protocol):
-    """Weights that exist in memory, layer by layer."""
-
-    def each_layer(self, stack: str) -> Sequence[Weights]: ...
 
 
 @struct.dataclass
@@ -188,14 +184,6 @@ def deepstack_rows(tokens: jax.Array, images: ImageInputs | None, dtype: Any) ->
     return jnp.where((tokens < 0)[..., None], image_rows(images.deepstack, tokens, dtype), 0)
 
 
-def add_deepstack(x: jax.Array, added: jax.Array | None, number: jax.Array | None) -> jax.Array:
-    """The hidden states behind layer `number`, with the rows of `added` (see `deepstack_rows`) for that layer."""
-    if added is None or number is None:
-        return x
-    last = added.shape[0] - 1
-    return jax.lax.cond(number <= last, lambda: x + added[jnp.minimum(number, last)], lambda: x)
-
-
 @struct.dataclass
 class LayerInputs:
     """The inputs of a prefill that all layers share. layout: of the tokens; tables: the architecture's position tables
@@ -235,8 +223,11 @@ def run_layer(
         return RowRecurrence(inputs.layout, inputs.past, before or empty_state(config.recurrent, 1, x.dtype))
 
     memory = map_memory(access, type_.memory, prefix)
-    x, kept = type_.block(config, weights, x, tables_of(kind, inputs.tables), memory)
-    return replicate(add_deepstack(x, inputs.added, number)), as_states(type_.memory, kept)
+    behind, kept = type_.block(config, weights, x, tables_of(kind, inputs.tables), memory)
+    if inputs.added is not None and number is not None:
+        added, last = inputs.added, len(inputs.added) - 1
+        behind = jax.lax.cond(number <= last, lambda x: x + added[jnp.minimum(number, last)], lambda x: x, behind)
+    return replicate(behind), as_states(type_.memory, kept)
 
 
 def first_row(memory: str | tuple[str, ...], states: Any) -> Any:
@@ -254,9 +245,9 @@ def as_states(memory: str | tuple[str, ...], kept: Any) -> Any:
     return map_memory(lambda name, kept: KVCache(*kept) if name == ATTENTION else kept, memory, kept)
 
 
-def take_row(tree: Any, row: int) -> Any:
-    """Row `row` of every array."""
-    return jax.tree.map(lambda leaf: leaf[row], tree)
+def pick(tree: Any, row: Any) -> Any:
+    """Row `row: int32[]` of every array."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(*without_upcast(leaf, row), keepdims=False), tree)
 
 
 def layer_weights(config: DecoderConfig, source: Any, stacks: Sequence[str], slices: Any) -> Weights:
@@ -304,14 +295,9 @@ def _alike(
         x, kept = run_layer(config, type_, weights, x, number, kind, inputs, before)
         return x, kept if return_states else None
 
-    def at(index: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(*without_upcast(leaf, index), keepdims=False), slices
-        )
-
     each_layer = (numbers, layer_kinds(config), None if prefix is None else prefix.by_type[name])
     if source.prefetch:
-        x, kept = scan_with_prefetch(layer, x, at, each_layer)
+        x, kept = scan_with_prefetch(layer, x, partial(pick, slices), each_layer)
     else:
         # For gradients, a layer is computed again from the state before it, the only value that is kept.
         x, kept = jax.lax.scan(jax.checkpoint(lambda x, xs: layer(x, *xs), prevent_cse=False), x, (slices, each_layer))
@@ -334,9 +320,6 @@ def _alternating(
     row_in_stack = {stack: jnp.asarray([each.get(stack, 0) for each in rows], jnp.int32) for stack in stacks}
     row_in_type = jnp.asarray([names[:number].count(name) for number, name in enumerate(names)], jnp.int32)
     branch = jnp.asarray([list(types).index(name) for name in names], jnp.int32)
-
-    def pick(tree: Any, row: jax.Array) -> Any:
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(*without_upcast(leaf, row), keepdims=False), tree)
 
     def run(name: str, x: jax.Array, each: Any) -> tuple[jax.Array, Any]:
         type_, (_, row, in_stack, number, kind) = types[name], each
@@ -366,7 +349,7 @@ def _alternating(
     xs = (branch, row_in_type, row_in_stack, numbers, layer_kinds(config))
     states = None
     if return_states:
-        kept = {name: jax.eval_shape(lambda x, name=name: run(name, x, take_row(xs, 0))[1], x) for name in types}
+        kept = {name: jax.eval_shape(lambda x, name=name: run(name, x, take_candidate(xs, 0))[1], x) for name in types}
         states = {name: jax.tree.map(partial(_zeros, names.count(name)), shapes) for name, shapes in kept.items()}
     (x, states), _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), (x, states), xs)
     return x, states
@@ -374,7 +357,7 @@ def _alternating(
 
 def decode_step(
     config: DecoderConfig,
-    source: MaterialisedSource,
+    source: StackedWeights | UnstackedWeights,
     states: Sequence[Any],
     column: jax.Array,
     tokens: jax.Array,
@@ -413,21 +396,12 @@ def decode_step(
             prefix_mask = attention_mask(kind.window, query_layout, prefix_layout(before))
             behind = [KVSegment(prefix.keys[:, 0], prefix.values[:, 0], prefix_mask)]
 
-        def attend(
-            query: jax.Array,
-            key: jax.Array,
-            value: jax.Array,
-            *,
-            scale: float | None = None,
-            softcap: float | None = None,
-            sinks: jax.Array | None = None,
-        ) -> tuple[jax.Array, KeyValue]:
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> tuple[jax.Array, KeyValue]:
             key, value = by_head(key, value)
             keys = update(cache.keys, key, column, 3)
             values = update(cache.values, value, column, 2)
             segments = [*behind, KVSegment(keys, values, mask)]
-            out = attend_by_head(gqa_attention, query, keys.shape[0], segments, scale, softcap, sinks)
-            return out, (keys, values)
+            return attend_by_head(gqa_attention, query, keys.shape[0], segments, **options), (keys, values)
 
         return attend
 
@@ -437,7 +411,7 @@ def decode_step(
     kept_states = []
     for number, (name, state) in enumerate(zip(names, states, strict=True)):
         type_, kind = layer_types(config)[name], layer_kinds(config, number)
-        earlier = None if prefix is None else take_row(prefix.by_type[name], names[:number].count(name))
+        earlier = None if prefix is None else take_candidate(prefix.by_type[name], names[:number].count(name))
 
         def access(memory: str, state: Any, earlier: Any, kind: LayerKind = kind) -> Any:
             return attention(state, kind, earlier) if memory == ATTENTION else StepRecurrence(state)

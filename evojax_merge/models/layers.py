@@ -59,7 +59,6 @@ class Attend(Protocol):
         the layer's keys and values to keep. scale: the factor of the products of queries and keys, by default `d^-1/2`;
         softcap: bounds the scaled products to `softcap * tanh(x / softcap)`; sinks: `[H]`, for each head the logit of a
         column without a value, which takes a share of the softmax."""
-        ...
 
 
 @struct.dataclass

@@ -82,7 +82,6 @@ class Recur(Protocol):
     def convolve(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """(inputs `[B, T, D]`, kernel `[D, K]`, bias `[D]`) -> the sum of each token's inputs and those of the K-1
         tokens before it, weighted by the kernel, `[B, T, D]`; and the columns to keep."""
-        ...
 
     def scan(
         self, query: jax.Array, key: jax.Array, value: jax.Array, decay: jax.Array, beta: jax.Array | None = None
@@ -90,11 +89,9 @@ class Recur(Protocol):
         """(queries and keys `[B, T, G, k]`, values `[B, T, G, R, v]`, g and b `[B, T, G, R]`, all float32) -> o
         `float32[B, T, G, R, v]`, and the heads to keep. Without `beta` u is the value; with it u is the delta rule's.
         """
-        ...
 
     def keep(self, columns: jax.Array, heads: Any = None) -> Any:
         """The layer's state to keep, from what the other two returned."""
-        ...
 
 
 def empty_state(shape: RecurrentShape, rows: int, dtype: Any) -> RecurrentState:

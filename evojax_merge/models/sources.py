@@ -291,22 +291,18 @@ def _at_densities(look_up: Callable[..., Any], bank: Bank, recipe: Recipe, spec:
         look_up_tensor = partial(look_up, spec.method, parameters=_pick(parameters, leaf.group))
         return jax.vmap(look_up_tensor)(leaf.statistics) if leaf.has_experts else look_up_tensor(leaf.statistics)
 
-    def of_stack(leaf: LeafBank, parameters: Parameters) -> LeafBank:
-        if not leaf.statistics:
-            return leaf
-        return replace(leaf, statistics=jax.vmap(of_layer)(leaf, parameters))
+    def of_shared(leaf: LeafBank, parameters: Parameters) -> Any:
+        return look_up(spec.method, leaf.statistics, parameters)
 
-    def of_shared(leaf: LeafBank, parameters: Parameters) -> LeafBank:
-        if not leaf.statistics:
-            return leaf
-        return replace(leaf, statistics=look_up(spec.method, leaf.statistics, parameters))
+    def at(look_up_leaf: Callable[..., Any], leaf: LeafBank, parameters: Parameters) -> LeafBank:
+        return replace(leaf, statistics=look_up_leaf(leaf, parameters)) if leaf.statistics else leaf
 
     return Bank(
         {
-            stack: {name: of_stack(leaf, recipe.stacks[stack]) for name, leaf in leaves.items()}
+            stack: {name: at(jax.vmap(of_layer), leaf, recipe.stacks[stack]) for name, leaf in leaves.items()}
             for stack, leaves in bank.stacks.items()
         },
-        {name: of_shared(leaf, recipe.shared[name]) for name, leaf in bank.shared.items()},
+        {name: at(of_shared, leaf, recipe.shared[name]) for name, leaf in bank.shared.items()},
     )
 
 

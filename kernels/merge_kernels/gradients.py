@@ -75,10 +75,6 @@ def _combine(method: Method, options: Options, inputs: CombineInputs) -> jax.Arr
     return combine(method, options, replace(inputs, statistics=inputs.statistics.at))
 
 
-def _forward(method: Method, options: Options, inputs: CombineInputs) -> tuple[jax.Array, CombineInputs]:
-    return combine(method, options, replace(inputs, statistics=inputs.statistics.at)), inputs
-
-
 def _backward(method: Method, options: Options, inputs: CombineInputs, cotangent: jax.Array) -> tuple[CombineInputs]:
     neighbourhood, parameters = inputs.statistics, inputs.parameters
     at_densities = replace(inputs, statistics=neighbourhood.at)
@@ -114,4 +110,4 @@ def _backward(method: Method, options: Options, inputs: CombineInputs, cotangent
     return (CombineInputs(None, None, None, gradients | {name: slopes.reshape(density.shape)}),)  # type: ignore[arg-type]
 
 
-_combine.defvjp(_forward, _backward)
+_combine.defvjp(lambda method, options, inputs: (_combine(method, options, inputs), inputs), _backward)

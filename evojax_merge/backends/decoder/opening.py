@@ -10,7 +10,7 @@ from merge_kernels import Method
 
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
-from evojax_merge.backends.decoder.kinds import kind_module, kind_of
+from evojax_merge.backends.decoder.kinds import kind_of
 from evojax_merge.backends.decoder.kinds.kind import Candidates, OpenedParents
 from evojax_merge.backends.decoder.placements import bank_place
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
@@ -30,7 +30,6 @@ from evojax_merge.report.comparison import model_names
 from evojax_merge.schema.approximation import Approximation
 from evojax_merge.search.kept_scores import TEXT_KINDS
 from evojax_merge.system.without_torch import leave_torch_out
-from evojax_merge.tasks.task import TaskConfig
 from evojax_merge.zoo.references import recipe_reference, resolve_file, resolve_reference
 
 # The share of its tokens whose rows a merged model may take from the others.
@@ -39,21 +38,11 @@ MOST_FILLED = 0.1
 SENSES = frozenset({"vision_config", "audio_config"})
 
 
-def _is_text_task(section: TaskConfig) -> bool:
-    return getattr(section, "kind", None) in TEXT_KINDS and getattr(section, "images", None) is None
-
-
-def _is_text_model(path: Path) -> bool:
-    return SENSES.isdisjoint(read_json_object(path / "config.json", missing={}))
-
-
 class DecoderFactory:
     """Language models: Hugging Face folders, GGUF files, adapters."""
 
     def merges_recipes(self, config: Mapping[str, Any]) -> bool:
-        kinds = (kind for key, kind in Config.kinds.items() if config.get(key) is not None)
-        # All stages of a chain are merges or layer paths.
-        return kind_module(next(kinds, "merge")).MERGES_RECIPES
+        return True
 
     def check(self, where: str, config: Config) -> None:
         if config.evaluation.recalibrate:
@@ -90,7 +79,12 @@ class DecoderFactory:
         # A base that takes no part in the merge is opened all the same, to be checked against the parents.
         unmerged_base = [base] if base is not None and base not in paths else []
         opened = [*paths, *unmerged_base]
-        if not config.plugins and all(map(_is_text_task, config.tasks)) and all(map(_is_text_model, opened)):
+        only_texts = all(
+            getattr(section, "kind", None) in TEXT_KINDS and getattr(section, "images", None) is None
+            for section in config.tasks
+        )
+        configs_of = (read_json_object(path / "config.json", missing={}) for path in opened)
+        if not config.plugins and only_texts and all(map(SENSES.isdisjoint, configs_of)):
             leave_torch_out()
         tokenizer_choice = None
         if tokenizer_dir is not None:

@@ -21,6 +21,7 @@ import numpy as np
 from evojax_merge.checkpoints.allowed_classes import check_folder
 from evojax_merge.checkpoints.config_file import DECODER_PREFIX, DECODER_PREFIXES
 from evojax_merge.checkpoints.decoder_folder import LM_HEAD, DecoderFolder
+from evojax_merge.checkpoints.quiet import quiet_transformers
 from evojax_merge.checkpoints.writer import PROCESSOR_FILES
 from evojax_merge.errors import InputError, library_errors, shown
 from evojax_merge.models.images import Grid, GridPositions, ImageTable
@@ -204,7 +205,7 @@ class VisionSide:
     def _module(self) -> Any:
         """The model without its decoder's weights, which no feature depends on."""
         path, config = self.folder.path, copy.deepcopy(self._config)
-        with _messages_of(path, "its vision tower cannot be loaded"), _quietly():
+        with _messages_of(path, "its vision tower cannot be loaded"), quiet_transformers():
             import torch
             from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -278,22 +279,6 @@ def _messages_of(where: object, what: str) -> Iterator[None]:
     except ImportError as error:
         # transformers' own words about a package that a processor lacks.
         raise InputError(where, f"{what} ({' '.join(str(error).split())[:200]}); {EXTRA}") from None
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keeps back the notes about a decoder without weights, and a bar for the tensors."""
-    from transformers.utils import logging
-
-    level, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shows_bars:
-            logging.enable_progress_bar()
 
 
 # ---------------------------------------------------------------------------------------------------------------

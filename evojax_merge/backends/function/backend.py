@@ -240,11 +240,17 @@ class FunctionBackend:
     def export(
         self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]
     ) -> list[dict[str, Any]]:
+        weights = self.merged(genome)
         with atomic_folder(out, overwrite=True, check=check) as folder:
-            self.save(self.merged(genome), folder)
-            atomic_write(folder / "README.md", changed_front_matter(card, {"library_name": self.library}))
+            self.save(weights, folder)
+            card = changed_front_matter(card, {"library_name": self.library}) + self.pictures(weights, folder)
+            atomic_write(folder / "README.md", card)
             write_marker(folder)
         return []
+
+    def pictures(self, winner: Any, folder: Path) -> str:
+        """Write pictures of a winner into its folder; the section of its card about them."""
+        return ""
 
 
 def _weighted(tasks: list[ArrayTask]) -> list[ArrayTask]:

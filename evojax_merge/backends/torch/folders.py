@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from evojax_merge.backends.torch.network import Network, measures, to_torch
+from evojax_merge.backends.torch.network import Network, to_torch
 from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG
 from evojax_merge.checkpoints.allowed_classes import check_folder, library_class
 from evojax_merge.checkpoints.folder import INDEX_FILE, PICKLES, read_header
@@ -233,11 +233,6 @@ class OwnModules:
         module = self.open(source)
         _put(module, weights)
         save_model(module, str(folder / STATE_FILE))
-
-
-def has_batch_norms(module: Any) -> bool:
-    """Return whether a module has a batch norm whose means and variances its files hold."""
-    return any(measures(part) for part in module.modules())
 
 
 def label_names(folder: Path) -> dict[int, str]:

@@ -73,14 +73,13 @@ class TorchFactory:
             OwnModules,
             architecture,
             differences,
-            has_batch_norms,
             merged_tensors,
             open_module,
             open_network,
             save_merge,
             to_arrays,
         )
-        from evojax_merge.backends.torch.network import torchax_environment
+        from evojax_merge.backends.torch.network import measures, torchax_environment
 
         assert config.space is not None
         _, has_base = method_with_base(
@@ -114,7 +113,7 @@ class TorchFactory:
         modules = [open_one(paths[key]) for key in keys]
         if own_modules is None:
             _check_labels(where, dict(zip(keys, modules, strict=True)))
-        if config.evaluation.recalibrate and not has_batch_norms(modules[0]):
+        if config.evaluation.recalibrate and not any(map(measures, modules[0].modules())):
             raise InputError(
                 where, f"evaluation.recalibrate: {type(modules[0]).__name__} has no batch norm; leave it out"
             )

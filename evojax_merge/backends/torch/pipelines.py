@@ -1,7 +1,7 @@
 """Diffusers pipelines as a backend: merges of their components, scored by the pictures that they draw."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,9 @@ from evojax_merge.backends.function.backend import FunctionBackend
 from evojax_merge.backends.torch.generator import Generator
 from evojax_merge.backends.torch.network import stored_groups
 from evojax_merge.checkpoints.pipelines import MERGE, SHEET, Components
-from evojax_merge.checkpoints.writer import write_marker
 from evojax_merge.errors import InputError, library_errors
 from evojax_merge.mergekit.write import group_filters
-from evojax_merge.report.front_matter import changed_front_matter
 from evojax_merge.system.console import say
-from evojax_merge.system.file_system import atomic_folder, atomic_write
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.function import checked, guard_user_function
 from evojax_merge.tasks.generated_images import DrawingTask, HumanImageTask, ImageTask, picture_of
@@ -125,20 +122,12 @@ class PipelineBackend(FunctionBackend):
         }  # fmt: skip
         return super().recipe(genome) | {"components": dict.fromkeys(self.components.merged, MERGE) | kept}
 
-    def export(
-        self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]
-    ) -> list[dict[str, Any]]:
-        weights = self.merged(genome)
-        with atomic_folder(out, overwrite=True, check=check) as folder:
-            self.save(weights, folder)
-            card = changed_front_matter(card, {"library_name": self.library})
-            drawable = next((task for task in self._heldout if task.inputs == "images"), None)
-            if drawable is not None:
-                (folder / SHEET).write_bytes(self.contact_sheet(drawable, weights))
-                card += f"\n## Pictures\n\n{self._caption(drawable)}\n\n![contact sheet]({SHEET})\n"
-            atomic_write(folder / "README.md", card)
-            write_marker(folder)
-        return []
+    def pictures(self, winner: Any, folder: Path) -> str:
+        drawable = next((task for task in self._heldout if task.inputs == "images"), None)
+        if drawable is None:
+            return ""
+        (folder / SHEET).write_bytes(self.contact_sheet(drawable, winner))
+        return f"\n## Pictures\n\n{self._caption(drawable)}\n\n![contact sheet]({SHEET})\n"
 
     def _caption(self, task: DrawingTask) -> str:
         facts = self.facts

@@ -17,7 +17,8 @@ from evojax_merge.models.architecture import LAYERS, NEXT_LAYERS, Leaf
 from evojax_merge.models.config_keys import OFF, SIZE, SWITCH, Expected, one_of, or_null
 from evojax_merge.models.families import llama_like, mixture
 from evojax_merge.models.families.glm4_moe import ROUTER_KEYS, SPARSE_LEAVES, dense_first, read_gate, read_layers
-from evojax_merge.models.families.mixture import Gate, MixtureConfig, check_experts
+from evojax_merge.models.families.llama_like import BIASES
+from evojax_merge.models.families.mixture import Gate, MixtureConfig
 from evojax_merge.models.layers import (
     Attend,
     CosSin,
@@ -147,14 +148,13 @@ def read(model_type: str, hf: Mapping[str, Any], gate: Gate, **values: Any) -> L
     all_dim, factor = settings.get("mscale_all_dim") or 0, settings.get("factor") or 1
     temperature = 0.1 * all_dim * math.log(factor) + 1 if all_dim and factor > 1 else 1.0
     head_dim = max(width, hf["v_head_dim"]) + max(width, hf["v_head_dim"]) % 2
-    config = llama_like.read_config(
+    return mixture.read_mixture(
         model_type, {**hf, "head_dim": head_dim}, LatentConfig,
-        {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "kv_rank": "kv_lora_rank",
-         "plain_dim": "qk_nope_head_dim", "rotary_dim": "qk_rope_head_dim", "value_dim": "v_head_dim"},
+        keys=BIASES | {"kv_rank": "kv_lora_rank", "plain_dim": "qk_nope_head_dim", "rotary_dim": "qk_rope_head_dim",
+                       "value_dim": "v_head_dim"},
         **{**read_layers(hf), **values}, query_rank=hf["q_lora_rank"] or 0, gate=gate,
         scale=width**-0.5 * temperature**2,
     )  # fmt: skip
-    return check_experts(config)
 
 
 def read_v3(hf: Mapping[str, Any]) -> LatentConfig:

@@ -7,7 +7,7 @@ from typing import Any
 from evojax_merge.models.config_keys import OFF, SIZE, Expected, is_number, whole
 from evojax_merge.models.families import llama_like, mixture
 from evojax_merge.models.families.glm4_moe import correction_leaf
-from evojax_merge.models.families.mixture import DENSE, SPARSE, Gate, MixtureConfig, check_experts
+from evojax_merge.models.families.mixture import DENSE, SPARSE, Gate, MixtureConfig
 
 CORRECTION = "moe_statics.e_score_correction_bias"
 
@@ -29,15 +29,13 @@ def type_keys(types: Sequence[str]) -> dict[str, int]:
 def read(hf: Mapping[str, Any]) -> MixtureConfig:
     layers, last = hf["num_hidden_layers"], hf["moe_layer_end_index"]
     spread = hf["moe_layer_start_index"], layers - 1 if last == -1 else last, hf["moe_layer_interval"]
-    config = llama_like.read_config(
-        "ernie4_5_moe", hf, MixtureConfig,
-        {"mlp": "moe_intermediate_size", "experts": "moe_num_experts", "experts_per_token": "moe_k",
-         "dense_mlp": "intermediate_size"},
+    return mixture.read_mixture(
+        "ernie4_5_moe", hf, experts="moe_num_experts",
+        keys={"experts_per_token": "moe_k", "dense_mlp": "intermediate_size"},
         interleaved=True, weights_sum_to_one=True, gate=Gate(least_sum=float(hf["moe_norm_min"])),
         shared_mlp=hf["moe_intermediate_size"] * hf["moe_num_shared_experts"],
         layer_types=tuple(SPARSE if has_experts(layer, *spread) else DENSE for layer in range(layers)),
     )  # fmt: skip
-    return check_experts(config)
 
 
 ERNIE4_5_MOE = mixture.mixture_of_experts(

@@ -2,16 +2,16 @@
 outputs, of keys, of the MLP, of embeddings and of logits."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from evojax_merge.models import mamba2
-from evojax_merge.models.architecture import ATTENTION, LAYERS, RECURRENCE, LayerType, SharedWeights
+from evojax_merge.models.architecture import ATTENTION, LAYERS, RECURRENCE, LayerType
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import FINITE, SIZE, SWITCH, Expected, above, or_null
-from evojax_merge.models.families import llama_like
+from evojax_merge.models.families import granite, llama_like
 from evojax_merge.models.families.granite_hybrid import MAMBA_KEYS, read_mamba
 from evojax_merge.models.families.llama_like import BIASES, project_qkv
 from evojax_merge.models.layers import (
@@ -19,7 +19,6 @@ from evojax_merge.models.layers import (
     Attend,
     CosSin,
     KeyValue,
-    SequenceLayout,
     Weights,
     dense,
     rms_norm,
@@ -57,17 +56,10 @@ _LAYER = "model.layers.{layer}."
 RENAMED = {".mlp.": ".feed_forward.", "model.norm.weight": "model.final_layernorm.weight"}
 
 
-def _renamed(leaf: Any) -> Any:
-    name = leaf.tensor
-    for old, new in RENAMED.items():
-        name = name.replace(old, new)
-    return replace(leaf, tensor=name)
-
-
 LEAVES = (
     llama_like.norm_leaf("attention_norm", "input_layernorm"),
     llama_like.norm_leaf("mlp_norm", "pre_ff_layernorm"),
-    *map(_renamed, (*llama_like.PROJECTIONS, *llama_like.SHARED)),
+    *(llama_like.renamed(leaf, RENAMED) for leaf in (*llama_like.PROJECTIONS, *llama_like.SHARED)),
     *mamba2.leaves(f"{_LAYER}mamba.", LAYERS),
 )
 
@@ -78,10 +70,6 @@ def dimensions(config: FalconH1Config) -> dict[str, int]:
 
 # ---------------------------------------------------------------------------------------------------------------
 # The forward pass
-
-
-def embed(config: FalconH1Config, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:
-    return source.rows("embed", tokens) * config.embedding_multiplier
 
 
 def block(
@@ -142,7 +130,7 @@ def read(hf: Mapping[str, Any]) -> FalconH1Config:
 
 
 FALCON_H1 = llama_like.llama_like(
-    "falcon_h1", "FalconH1Config", KEYS, read, leaves=LEAVES, dimensions=dimensions, embed=embed, block=block,
+    "falcon_h1", "FalconH1Config", KEYS, read, leaves=LEAVES, dimensions=dimensions, embed=granite.embed, block=block,
     map_logits=lambda config, products: products * config.lm_head_multiplier, always_maps_logits=True,
     layer_types={BOTH: LayerType(block, (LAYERS,), (ATTENTION, RECURRENCE))}, filters={},
     no_adapter="PEFT has no adapters for its convolutions",

@@ -2,10 +2,9 @@
 window, and RoPE with a base frequency of their own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from evojax_merge.models.config import RopeConfig
 from evojax_merge.models.config_keys import SIZE, above, or_null
 from evojax_merge.models.families import gemma_like
 from evojax_merge.models.families.gemma_like import GemmaConfig, read_gemma
@@ -18,20 +17,13 @@ from evojax_merge.models.gguf import GgufFile, Settings
 LOCAL_THETA, WINDOW_PATTERN = 10_000.0, 6
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gemma3Config(GemmaConfig):
-    """local_rope: the RoPE of layers with a sliding window."""
-
-    local_rope: RopeConfig
-
-
-def read(hf: Mapping[str, Any]) -> Gemma3Config:
+def read(hf: Mapping[str, Any]) -> GemmaConfig:
     ropes, positions = hf["rope_parameters"], hf["max_position_embeddings"]
     common = read_gemma(
         "gemma3_text", {**hf, "rope_parameters": ropes["full_attention"]}, qk_norm=True, attention_softcap=None
     )
-    settings = vars(common) | {"position_kinds": sliding_layers(hf)}
-    return Gemma3Config(**settings, local_rope=rope_config(ropes["sliding_attention"], positions, common.head_dim))
+    local = rope_config(ropes["sliding_attention"], positions, common.head_dim)
+    return replace(common, position_kinds=sliding_layers(hf), local_rope=local)
 
 
 def gguf_settings(file: GgufFile) -> dict[str, Any]:

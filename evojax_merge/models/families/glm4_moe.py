@@ -7,7 +7,7 @@ from typing import Any
 from evojax_merge.models.architecture import NEXT_LAYERS, ROUTER, Leaf
 from evojax_merge.models.config_keys import SIZE, SWITCH, Expected, above, whole
 from evojax_merge.models.families import llama_like, mixture
-from evojax_merge.models.families.mixture import DENSE, SPARSE, Gate, MixtureConfig, check_experts
+from evojax_merge.models.families.mixture import DENSE, SPARSE, Gate, MixtureConfig
 
 ROUTER_KEYS: dict[str, Expected] = {
     "first_k_dense_replace": whole(0, 2**31 - 1),
@@ -52,13 +52,12 @@ def read_gate(hf: Mapping[str, Any], **values: Any) -> Gate:
 
 
 def read_layers(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config whose first layers have an MLP and the others a mixture."""
+    """The arguments of `read_mixture` for a model whose first layers have an MLP and the others a mixture."""
     dense = min(hf["first_k_dense_replace"], hf["num_hidden_layers"])
     return {
-        "layer_types": (DENSE,) * dense + (SPARSE,) * (hf["num_hidden_layers"] - dense),
-        "mlp": hf["moe_intermediate_size"], "dense_mlp": hf["intermediate_size"],
-        "shared_mlp": hf["moe_intermediate_size"] * hf["n_shared_experts"], "experts": hf["n_routed_experts"],
-        "experts_per_token": hf["num_experts_per_tok"], "weights_sum_to_one": hf["norm_topk_prob"],
+        "layer_types": (DENSE,) * dense + (SPARSE,) * (hf["num_hidden_layers"] - dense), "experts": "n_routed_experts",
+        "dense_mlp": hf["intermediate_size"], "shared_mlp": hf["moe_intermediate_size"] * hf["n_shared_experts"],
+        "weights_sum_to_one": hf["norm_topk_prob"],
     }  # fmt: skip
 
 
@@ -72,11 +71,10 @@ def dense_first(types: Sequence[str]) -> dict[str, Any]:
 
 
 def read(hf: Mapping[str, Any]) -> MixtureConfig:
-    config = llama_like.read_config(
-        "glm4_moe", hf, MixtureConfig, {"qkv_bias": "attention_bias", "qk_norm": "use_qk_norm"},
+    return mixture.read_mixture(
+        "glm4_moe", hf, keys={"qkv_bias": "attention_bias", "qk_norm": "use_qk_norm"},
         gate=read_gate(hf, scores="sigmoid", added=1e-20), **read_layers(hf),
     )  # fmt: skip
-    return check_experts(config)
 
 
 GLM4_MOE = mixture.mixture_of_experts(

@@ -4,8 +4,8 @@ projection for queries, keys and values, an MLP without gate.
 Its linear layers are transformers' Conv1D: their weights are `[in, out]`, in the file as in the leaves.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from evojax_merge.models.architecture import LAYERS, Architecture, Leaf, SharedWeights
 from evojax_merge.models.config import NO_WINDOW, DecoderConfig
 from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, one_of, or_null
+from evojax_merge.models.families.llama_like import FINAL_NORM_BIAS, LAYER_NORMS, SHARED, renamed
 from evojax_merge.models.layers import ACTIVATIONS, Attend, KeyValue, SequenceLayout, Weights, layer_norm
 from evojax_merge.models.sharding import replicate
 
@@ -25,40 +26,34 @@ class GPT2Config(DecoderConfig):
     activation: str
 
 
-def _layer_leaves() -> tuple[Leaf, ...]:
-    layer = "transformer.h.{layer}."
-    leaves = [
-        Leaf(f"{name}{suffix}", f"{layer}{module}.{kind}", "norm", ("hidden",))
-        for name, module in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2"))
-        for suffix, kind in (("", "weight"), ("_bias", "bias"))
-    ]
-    for component, module, name, shape, writes in (
-        ("attention", "attn.c_attn", "qkv", ("hidden", "queries_keys_values"), False),
-        ("attention", "attn.c_proj", "o", ("hidden", "hidden"), True),
-        ("mlp", "mlp.c_fc", "up", ("hidden", "mlp"), False),
-        ("mlp", "mlp.c_proj", "down", ("mlp", "hidden"), True),
-    ):
-        leaves += [
-            Leaf(
-                name, f"{layer}{module}.weight", component, shape, sharded_axis=-2 if writes else -1,
-                writes_residual=writes, transposed=True,
-            ),
-            Leaf(f"{name}_bias", f"{layer}{module}.bias", component, shape[1:], writes_residual=writes),
-        ]  # fmt: skip
-    return tuple(replace(leaf, stack=LAYERS) for leaf in leaves)
+def layer_matrices(layer: str, modules: Mapping[str, str], transposed: bool) -> Iterator[Leaf]:
+    """The matrices of a layer, each with its bias. layer: the beginning of their names in the file; modules: the
+    module of each leaf."""
+    for name, (component, inputs, outputs) in {
+        "qkv": ("attention", "hidden", "queries_keys_values"), "o": ("attention", "hidden", "hidden"),
+        "up": ("mlp", "hidden", "mlp"), "down": ("mlp", "mlp", "hidden"),
+    }.items():  # fmt: skip
+        writes, module = name in ("o", "down"), f"{layer}{modules[name]}"
+        yield Leaf(
+            name, f"{module}.weight", component, (inputs, outputs) if transposed else (outputs, inputs), LAYERS,
+            sharded_axis=-2 if writes == transposed else -1, writes_residual=writes, transposed=transposed,
+        )  # fmt: skip
+        yield Leaf(f"{name}_bias", f"{module}.bias", component, (outputs,), LAYERS, writes_residual=writes)
 
 
+MODULES = {"qkv": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+NAMES = {
+    "model.layers": "transformer.h", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+    "model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f",
+}  # fmt: skip
+EMBED, FINAL_NORM, HEAD = SHARED
 LEAVES = (
-    *_layer_leaves(),
-    Leaf("embed", "transformer.wte.weight", "embedding", ("vocab", "hidden"), sharded_axis=-2),
+    *(renamed(leaf, NAMES) for leaf in LAYER_NORMS),
+    *layer_matrices("transformer.h.{layer}.", MODULES, transposed=True),
+    renamed(EMBED, NAMES),
     Leaf("positions", "transformer.wpe.weight", "embedding", ("positions", "hidden")),
-    Leaf("final_norm", "transformer.ln_f.weight", "norm", ("hidden",)),
-    Leaf("final_norm_bias", "transformer.ln_f.bias", "norm", ("hidden",)),
-    Leaf(
-        "head", "lm_head.weight", "head", ("vocab", "hidden"), sharded_axis=-2,
-        present_if=lambda c: not c.head_is_embedding,
-    ),
-)  # fmt: skip
+    *(renamed(leaf, NAMES) for leaf in (FINAL_NORM, FINAL_NORM_BIAS, HEAD)),
+)
 FILTERS = {
     "attention": ".attn.", "mlp": ".mlp.", "norm": ".ln_", "embed": "wte", "positions": "wpe",
     "final_norm": "ln_f.weight", "final_norm_bias": "ln_f.bias", "head": "lm_head",
@@ -66,13 +61,12 @@ FILTERS = {
 
 
 def dimensions(config: GPT2Config) -> dict[str, int]:
-    assert config.positions is not None
     return {
         "hidden": config.hidden,
         "queries_keys_values": 3 * config.hidden,
         "mlp": config.mlp,
         "vocab": config.vocab,
-        "positions": config.positions,
+        "positions": config.positions or 0,
     }
 
 
@@ -108,7 +102,7 @@ def block(
         return x + conv1d(up, weights, "down"), kept
 
 
-def final_norm(config: GPT2Config, source: SharedWeights, x: jax.Array) -> jax.Array:
+def final_norm(config: Any, source: SharedWeights, x: jax.Array) -> jax.Array:
     return layer_norm(x, source.leaf("final_norm"), source.leaf("final_norm_bias"), config.norm_eps)
 
 

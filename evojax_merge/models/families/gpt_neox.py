@@ -7,14 +7,18 @@ from typing import Any
 
 import jax
 
-from evojax_merge.models.architecture import LAYERS, Architecture, Leaf, SharedWeights
-from evojax_merge.models.config import NO_WINDOW, DecoderConfig, RopeConfig
+from evojax_merge.models.architecture import Architecture
+from evojax_merge.models.config import NO_WINDOW, RopeConfig
 from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, above, one_of
+from evojax_merge.models.families.gpt2 import GPT2Config, dimensions, final_norm, layer_matrices
 from evojax_merge.models.families.llama_like import (
+    FINAL_NORM_BIAS,
+    LAYER_NORMS,
     PARTIAL_ROPE,
     PARTIAL_ROTARY,
+    SHARED,
     embed,
-    position_tables,
+    renamed,
     rope_config,
 )
 from evojax_merge.models.layers import (
@@ -27,60 +31,37 @@ from evojax_merge.models.layers import (
     dense,
     dense_heads,
     layer_norm,
+    rope_tables,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTNeoXConfig(DecoderConfig):
+class GPTNeoXConfig(GPT2Config):
     """`rotary_dim`: the number of entries of a head that are rotated. `parallel_residual`: whether the MLP gets the
     layer's input, as attention does, in place of attention's output."""
 
-    mlp: int
-    norm_eps: float
-    activation: str
     rope: RopeConfig
     rotary_dim: int
     parallel_residual: bool
     attention_bias: bool
 
 
-def _layer_leaves() -> tuple[Leaf, ...]:
-    layer = "gpt_neox.layers.{layer}."
-    leaves = [
-        Leaf(f"{name}{suffix}", f"{layer}{module}.{kind}", "norm", ("hidden",))
-        for name, module in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
-        for suffix, kind in (("", "weight"), ("_bias", "bias"))
-    ]
-    for name, module, shape, writes in (
-        ("qkv", "attention.query_key_value", ("queries_keys_values", "hidden"), False),
-        ("o", "attention.dense", ("hidden", "hidden"), True),
-        ("up", "mlp.dense_h_to_4h", ("mlp", "hidden"), False),
-        ("down", "mlp.dense_4h_to_h", ("hidden", "mlp"), True),
-    ):
-        component = module.partition(".")[0]
-        leaves += [
-            Leaf(
-                name, f"{layer}{module}.weight", component, shape, sharded_axis=-1 if writes else -2,
-                writes_residual=writes,
-            ),
-            Leaf(
-                f"{name}_bias", f"{layer}{module}.bias", component, shape[:1], writes_residual=writes,
-                present_if=(lambda c: c.attention_bias) if component == "attention" else (lambda c: True),
-            ),
-        ]  # fmt: skip
-    return tuple(replace(leaf, stack=LAYERS) for leaf in leaves)
-
-
+MODULES = {
+    "qkv": "attention.query_key_value", "o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h",
+}  # fmt: skip
+NAMES = {
+    "model.layers": "gpt_neox.layers", "model.embed_tokens": "gpt_neox.embed_in",
+    "model.norm": "gpt_neox.final_layer_norm", "lm_head": "embed_out",
+}  # fmt: skip
+EMBED, FINAL_NORM, HEAD = SHARED
 LEAVES = (
-    *_layer_leaves(),
-    Leaf("embed", "gpt_neox.embed_in.weight", "embedding", ("vocab", "hidden"), sharded_axis=-2),
-    Leaf("final_norm", "gpt_neox.final_layer_norm.weight", "norm", ("hidden",)),
-    Leaf("final_norm_bias", "gpt_neox.final_layer_norm.bias", "norm", ("hidden",)),
-    Leaf(
-        "head", "embed_out.weight", "head", ("vocab", "hidden"), sharded_axis=-2,
-        present_if=lambda c: not c.head_is_embedding,
+    *(renamed(leaf, NAMES) for leaf in LAYER_NORMS),
+    *(
+        replace(leaf, present_if=lambda c: c.attention_bias) if leaf.name in ("qkv_bias", "o_bias") else leaf
+        for leaf in layer_matrices("gpt_neox.layers.{layer}.", MODULES, transposed=False)
     ),
-)  # fmt: skip
+    *(renamed(leaf, NAMES) for leaf in (EMBED, FINAL_NORM, FINAL_NORM_BIAS, HEAD)),
+)
 FILTERS = {
     "attention": ".attention.", "mlp": ".mlp.", "norm": "layernorm", "embed": "embed_in", "head": "embed_out",
     "final_norm": "final_layer_norm.weight", "final_norm_bias": "final_layer_norm.bias",
@@ -106,10 +87,6 @@ def block(
     with jax.named_scope("mlp"):
         up = ACTIVATIONS[config.activation](dense(normed, weights, "up"))
         return after_attention + dense(up, weights, "down"), kept
-
-
-def final_norm(config: GPTNeoXConfig, source: SharedWeights, x: jax.Array) -> jax.Array:
-    return layer_norm(x, source.leaf("final_norm"), source.leaf("final_norm_bias"), config.norm_eps)
 
 
 def read_config(hf: Mapping[str, Any]) -> GPTNeoXConfig:
@@ -161,14 +138,9 @@ GPT_NEOX = Architecture(
         "vocab_size": SIZE,
     },
     read_config=read_config,
-    dimensions=lambda config: {
-        "hidden": config.hidden,
-        "queries_keys_values": 3 * config.hidden,
-        "mlp": config.mlp,
-        "vocab": config.vocab,
-    },
+    dimensions=dimensions,
     embed=embed,
-    position_tables=position_tables,
+    position_tables=lambda config, layout: rope_tables(config.rope, config.rotary_dim, layout),
     block=block,
     final_norm=final_norm,
     config_class="GPTNeoXConfig",

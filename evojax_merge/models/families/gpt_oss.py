@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from evojax_merge.models.architecture import LAYERS, ROUTER, Leaf
 from evojax_merge.models.config_keys import SIZE, SWITCH, TEXTS, above, or_null
-from evojax_merge.models.families import llama_like, mixture
+from evojax_merge.models.families import mixture
 from evojax_merge.models.families.llama_like import BIASES, WINDOW
-from evojax_merge.models.families.mixture import MixtureConfig, check_experts, mixture_of_experts
+from evojax_merge.models.families.mixture import MixtureConfig, mixture_of_experts
 from evojax_merge.models.layers import Attend, CosSin, KeyValue, Weights
 
 
@@ -60,13 +60,10 @@ def block(
 
 
 def read(hf: Mapping[str, Any]) -> GptOssConfig:
-    config = llama_like.read_config(
-        "gpt_oss", hf, GptOssConfig,
-        BIASES | {"mlp": "intermediate_size", "experts": "num_local_experts",
-                  "experts_per_token": "num_experts_per_tok"},
+    return mixture.read_mixture(
+        "gpt_oss", hf, GptOssConfig, experts="num_local_experts", mlp="intermediate_size", keys=BIASES,
         swiglu_alpha=float(hf["swiglu_alpha"]), swiglu_limit=float(hf["swiglu_limit"]), weights_sum_to_one=True,
     )  # fmt: skip
-    return check_experts(config)
 
 
 GPT_OSS = mixture_of_experts(

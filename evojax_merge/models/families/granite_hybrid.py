@@ -197,14 +197,14 @@ def read_mamba(hf: Mapping[str, Any], **settings: Any) -> Mamba:
 def read(hf: Mapping[str, Any]) -> GraniteHybridConfig:
     types, experts = read_types(hf, (FULL, MAMBA)), hf["num_local_experts"]
     mamba = read_mamba(hf, out_bias=hf["mamba_proj_bias"])
-    config = llama_like.read_config(
-        "granitemoehybrid", {key: value for key, value in hf.items() if key != "layer_types"}, GraniteHybridConfig,
-        BIASES | {"shared_width": "shared_intermediate_size"}, layer_types=types, mamba=mamba,
+    return mixture.read_mixture(
+        "granitemoehybrid", hf, GraniteHybridConfig,
+        experts="num_local_experts", mlp="intermediate_size",
+        keys=BIASES | {"shared_width": "shared_intermediate_size"}, layer_types=types, mamba=mamba,
         recurrent=mamba.shape if MAMBA in types else None, rotates=hf["position_embedding_type"] == "rope",
-        experts=experts, experts_per_token=hf["num_experts_per_tok"] if experts else 0, weights_sum_to_one=True,
+        experts_per_token=hf["num_experts_per_tok"] if experts else 0, weights_sum_to_one=True,
         **{name: float(hf[name]) for name in granite.MULTIPLIERS},
     )  # fmt: skip
-    return mixture.check_experts(config)
 
 
 GRANITE_HYBRID = llama_like.llama_like(

@@ -21,16 +21,15 @@ FULL, CONVOLUTION = "full_attention", "conv"
 
 _LAYER = "model.layers.{layer}."
 # Llama's names of modules, and LFM2's.
-_ATTENTION = {"o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm"}
-_MLP = {"mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2"}
+NAMES = {
+    "o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm", "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
+}  # fmt: skip
 
 
 def renamed(leaf: Leaf) -> Leaf:
     """A leaf of a Llama by LFM2's name of its tensor, those of attention in a stack of their own."""
-    name = leaf.tensor
-    for old, new in (_ATTENTION | _MLP).items():
-        name = name.replace(old, new)
-    return replace(leaf, tensor=name, stack=FULL if leaf.component == "attention" else leaf.stack)
+    return replace(llama_like.renamed(leaf, NAMES), stack=FULL if leaf.component == "attention" else leaf.stack)
 
 
 def _leaf(name: str, tensor: str, *shape: str, **more: Any) -> Leaf:
@@ -121,10 +120,9 @@ def _mlp_width(hf: Mapping[str, Any]) -> int:
 
 def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
     types = read_types(hf, (FULL, CONVOLUTION))
-    plain = {key: value for key, value in hf.items() if key != "layer_types"}
     settings = {"hidden_act": "silu", "rms_norm_eps": hf["norm_eps"], "intermediate_size": _mlp_width(hf)}
     return llama_like.read_config(
-        "lfm2", plain | settings, keys={"o_bias": "conv_bias"}, qk_norm=True, layer_types=types,
+        "lfm2", {**hf, **settings}, keys={"o_bias": "conv_bias"}, qk_norm=True, layer_types=types,
         recurrent=recurrent_shape(hf, types),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from evojax_merge.models.families import lfm2, llama_like, mixture
 from evojax_merge.models.families.glm4_moe import correction_leaf
 from evojax_merge.models.families.lfm2 import CONVOLUTION, FULL
 from evojax_merge.models.families.llama_like import read_types
-from evojax_merge.models.families.mixture import DENSE, SPARSE, Gate, MixtureConfig, check_experts
+from evojax_merge.models.families.mixture import DENSE, SPARSE, Gate, MixtureConfig
 
 _MIXERS: dict[str, tuple[mixture.Mixer, str]] = {
     FULL: (llama_like.attention, ATTENTION),
@@ -54,17 +54,14 @@ def type_keys(types: Sequence[str]) -> dict[str, Any]:
 
 def read(hf: Mapping[str, Any]) -> Lfm2MoeConfig:
     mixers, dense = read_types(hf, (FULL, CONVOLUTION)), hf["num_dense_layers"]
-    plain = {key: value for key, value in hf.items() if key != "layer_types"}
-    config = llama_like.read_config(
-        "lfm2_moe", plain | {"hidden_act": "silu", "rms_norm_eps": hf["norm_eps"]}, Lfm2MoeConfig,
-        {"o_bias": "conv_bias", "mlp": "moe_intermediate_size", "dense_mlp": "intermediate_size",
-         "experts": "num_experts", "experts_per_token": "num_experts_per_tok", "weights_sum_to_one": "norm_topk_prob",
-         "has_correction": "use_expert_bias"},
+    return mixture.read_mixture(
+        "lfm2_moe", {**hf, "hidden_act": "silu", "rms_norm_eps": hf["norm_eps"]}, Lfm2MoeConfig,
+        keys={"o_bias": "conv_bias", "dense_mlp": "intermediate_size", "weights_sum_to_one": "norm_topk_prob",
+              "has_correction": "use_expert_bias"},
         qk_norm=True, gate=Gate("sigmoid", scale=float(hf["routed_scaling_factor"]), added=1e-6),
         layer_types=tuple(f"{mixer}_{DENSE if i < dense else SPARSE}" for i, mixer in enumerate(mixers)),
         recurrent=lfm2.recurrent_shape(hf, mixers),
     )  # fmt: skip
-    return check_experts(config)
 
 
 LFM2_MOE = llama_like.llama_like(

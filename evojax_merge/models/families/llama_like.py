@@ -59,6 +59,14 @@ Config = TypeVar("Config", bound=LlamaLikeConfig)
 _LAYER = "model.layers.{layer}."
 
 
+def renamed(leaf: Leaf, names: Mapping[str, str]) -> Leaf:
+    """A leaf whose tensor has other names in place of some parts."""
+    tensor = leaf.tensor
+    for name, other in names.items():
+        tensor = tensor.replace(name, other)
+    return replace(leaf, tensor=tensor)
+
+
 def norm_leaf(name: str, module: str, **more: Any) -> Leaf:
     """The gain of a norm of the hidden states in each layer, by its module's name."""
     return Leaf(name, f"{_LAYER}{module}.weight", "norm", ("hidden",), LAYERS, **more)
@@ -149,7 +157,7 @@ def embed(config: LlamaLikeConfig, source: SharedWeights, tokens: jax.Array, lay
 
 
 def position_tables(config: Any, layout: SequenceLayout) -> CosSin:
-    return rope_tables(config.rope, config.rotary_dim, layout)
+    return rope_tables(config.rope, config.rotary_dim, layout, config.rope_axes)
 
 
 def switched_position_tables(config: LlamaLikeConfig, layout: SequenceLayout) -> tuple[CosSin, CosSin]:
@@ -176,10 +184,18 @@ def project_qkv(
         if config.norm_behind_rope:
             query, key = (_rotate(config, part, rope) for part in (query, key))
         if config.qk_norm:
-            query, key = norm(config, weights, "q_norm", query), norm(config, weights, "k_norm", key)
+            query, key = _head_norm(config, weights, "q_norm", query), _head_norm(config, weights, "k_norm", key)
+        if config.clip is not None:
+            query, key, value = (jnp.clip(part, -config.clip, config.clip) for part in (query, key, value))
         if not config.norm_behind_rope:
             query, key = (_rotate(config, part, rope) for part in (query, key))
         return query, key, value
+
+
+def _head_norm(config: LlamaLikeConfig, weights: Weights, name: str, x: jax.Array) -> jax.Array:
+    """The norm of queries or keys over each head's entries, or over all of a token's where the gain has as many."""
+    apart = x.reshape(*x.shape[:2], -1, weights[name].shape[-1])
+    return norm(config, weights, name, apart).reshape(x.shape)
 
 
 def _rotate(config: LlamaLikeConfig, x: jax.Array, rope: CosSin | tuple[()]) -> jax.Array:
@@ -351,7 +367,8 @@ def read_config(
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "vocab": hf["vocab_size"],
-        "windows": windows_of(hf),
+        # An architecture's own types of layers are no kinds of windows.
+        "windows": windows_of({**hf, "layer_types": None} if values.get("layer_types") else hf),
         "head_is_embedding": hf["tie_word_embeddings"],
         "mlp": hf["intermediate_size"],
         "norm_eps": hf["rms_norm_eps"],

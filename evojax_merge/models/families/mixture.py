@@ -535,21 +535,18 @@ QWEN_EXPERTS: dict[str, Expected] = ALL_SPARSE | {
 def read_mixture(
     model_type: str,
     hf: Mapping[str, Any],
+    kind: type[Config] = MixtureConfig,  # type: ignore[assignment]
     *,
     experts: str = "num_experts",
     mlp: str = "moe_intermediate_size",
     keys: Mapping[str, str] = MappingProxyType({}),
     **values: Any,
-) -> MixtureConfig:
+) -> Config:
     """The config for the values `hf` of the keys of config.json. experts, mlp: the keys of the number of experts, and
-    of their width; keys, values: see `llama_like.read_config`. Raises ValueError as that does, and where there are
-    fewer experts than a token has, or more than MOST_EXPERTS in all layers."""
+    of their width; kind, keys, values: see `llama_like.read_config`. Raises ValueError as that does, and where there
+    are fewer experts than a token has, or more than MOST_EXPERTS in all layers."""
     read = {"mlp": mlp, "experts": experts, "experts_per_token": "num_experts_per_tok", **keys}
-    return check_experts(llama_like.read_config(model_type, hf, MixtureConfig, read, **values))
-
-
-def check_experts(config: Config) -> Config:
-    """The config. Raises ValueError where it has fewer experts than a token has, or more than MOST_EXPERTS."""
+    config = llama_like.read_config(model_type, hf, kind, read, **values)
     if config.experts_per_token > config.experts:
         raise ValueError(
             f"num_experts_per_tok: {config.experts_per_token}; expected at most the number of experts, {config.experts}"

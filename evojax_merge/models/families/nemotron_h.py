@@ -26,7 +26,7 @@ from evojax_merge.models.config_keys import (
 from evojax_merge.models.families import llama_like, mixture
 from evojax_merge.models.families.glm4_moe import correction_leaf, read_gate
 from evojax_merge.models.families.llama_like import read_types
-from evojax_merge.models.families.mixture import MixtureConfig, check_experts
+from evojax_merge.models.families.mixture import Gate, MixtureConfig
 from evojax_merge.models.layers import ACTIVATIONS, Attend, KeyValue, Weights, dense, dense_heads, rms_norm
 from evojax_merge.models.mamba2 import Mamba
 from evojax_merge.models.recurrence import Recur
@@ -199,20 +199,18 @@ def read(hf: Mapping[str, Any]) -> NemotronHConfig:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }  # fmt: skip
     fields = {
-        "mlp_bias": "mlp_bias", "mlp": "moe_intermediate_size", "dense_mlp": "intermediate_size",
-        "shared_mlp": "moe_shared_expert_intermediate_size", "experts": "n_routed_experts",
-        "experts_per_token": "num_experts_per_tok", "weights_sum_to_one": "norm_topk_prob",
+        "mlp_bias": "mlp_bias", "dense_mlp": "intermediate_size", "shared_mlp": "moe_shared_expert_intermediate_size",
+        "weights_sum_to_one": "norm_topk_prob",
     }  # fmt: skip
-    config = llama_like.read_config(
-        "nemotron_h", {key: value for key, value in hf.items() if key != "layer_types"} | settings, NemotronHConfig,
-        fields, layer_types=types, mamba=mamba, recurrent=shape if MAMBA in types else None,
-        latent=hf["moe_latent_size"] or 0,
-    )  # fmt: skip
-    if MOE in types and hf["mlp_bias"]:
+    has_experts = MOE in types
+    if has_experts and hf["mlp_bias"]:
         raise ValueError("mlp_bias: true; expected false in a model with mixtures")
     # The class gives models without mixtures numbers of experts, too.
-    return config if MOE not in types else check_experts(
-        replace(config, gate=read_gate(hf, scores="sigmoid", added=1e-20))
+    return mixture.read_mixture(
+        "nemotron_h", {**hf, **settings}, NemotronHConfig, experts="n_routed_experts", keys=fields, layer_types=types,
+        mamba=mamba, recurrent=shape if MAMBA in types else None, latent=hf["moe_latent_size"] or 0,
+        experts_per_token=hf["num_experts_per_tok"] if has_experts else 0,
+        gate=read_gate(hf, scores="sigmoid", added=1e-20) if has_experts else Gate(),
     )  # fmt: skip
 
 

@@ -1,10 +1,9 @@
 """Olmo 3: OLMo 2's block; most layers have a sliding window, and a RoPE that is not stretched."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from evojax_merge.models.config import LlamaLikeConfig, RopeConfig
+from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import SWITCH, TEXTS, or_null
 from evojax_merge.models.families import olmo2
 from evojax_merge.models.families.llama_like import (
@@ -19,17 +18,10 @@ from evojax_merge.models.families.llama_like import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Olmo3Config(LlamaLikeConfig):
-    """local_rope: the RoPE of layers with a sliding window."""
-
-    local_rope: RopeConfig
-
-
-def read(hf: Mapping[str, Any]) -> Olmo3Config:
+def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
     ropes, head_dim = hf["rope_parameters"], hf["hidden_size"] // hf["num_attention_heads"]
     return read_config(
-        "olmo3", {**hf, "rope_parameters": ropes["full_attention"]}, Olmo3Config, BIASES, qk_norm=True,
+        "olmo3", {**hf, "rope_parameters": ropes["full_attention"]}, LlamaLikeConfig, BIASES, qk_norm=True,
         norm="rms_float32", position_kinds=sliding_layers(hf),
         local_rope=rope_config(ropes["sliding_attention"], hf["max_position_embeddings"], head_dim),
     )  # fmt: skip
@@ -47,5 +39,4 @@ OLMO3 = llama_like(
     read,
     leaves=olmo2.LEAVES,
     position_tables=local_position_tables,
-    block=olmo2.block,
 )

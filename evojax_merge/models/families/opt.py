@@ -18,13 +18,6 @@ _DECODER, _LAYER = "model.decoder.", "model.decoder.layers.{layer}."
 _NAMES = {"model.": _DECODER, "o_proj": "out_proj", "mlp.up_proj": "fc1", "mlp.down_proj": "fc2"}
 
 
-def _renamed(leaf: Leaf) -> Leaf:
-    tensor = leaf.tensor
-    for name, name_in_file in _NAMES.items():
-        tensor = tensor.replace(name, name_in_file)
-    return replace(leaf, tensor=tensor)
-
-
 def _norm(name: str, module: str, **more: Any) -> tuple[Leaf, Leaf]:
     gain = Leaf(name, f"{module}.weight", "norm", ("hidden",), **more)
     return gain, replace(gain, name=f"{name}_bias", tensor=f"{module}.bias")
@@ -34,8 +27,8 @@ _WITHOUT = ("gate", "gate_bias", "q_norm", "k_norm")
 LEAVES = (
     *_norm("attention_norm", f"{_LAYER}self_attn_layer_norm", stack=LAYERS),
     *_norm("mlp_norm", f"{_LAYER}final_layer_norm", stack=LAYERS),
-    *(_renamed(leaf) for leaf in llama_like.PROJECTIONS if leaf.name not in _WITHOUT),
-    *(_renamed(leaf) for leaf in llama_like.SHARED if leaf.name != "final_norm"),
+    *(llama_like.renamed(leaf, _NAMES) for leaf in llama_like.PROJECTIONS if leaf.name not in _WITHOUT),
+    *(llama_like.renamed(leaf, _NAMES) for leaf in llama_like.SHARED if leaf.name != "final_norm"),
     *_norm("final_norm", f"{_DECODER}final_layer_norm"),
     Leaf("positions", f"{_DECODER}embed_positions.weight", "embedding", ("positions", "hidden")),
 )

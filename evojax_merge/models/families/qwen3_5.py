@@ -2,7 +2,7 @@
 experts in each layer; norms that store their gain less one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,37 +15,23 @@ from evojax_merge.models.config import NO_WINDOW, LlamaLikeConfig
 from evojax_merge.models.config_keys import KERNEL, SIZE, SWITCH, TEXTS, Expected, mapping, or_null
 from evojax_merge.models.families import llama_like, mixture
 from evojax_merge.models.families.llama_like import BIASES, PARTIAL_ROPE, PARTIAL_ROTARY, read_types
-from evojax_merge.models.families.mixture import ALL_SPARSE, MixtureConfig
-from evojax_merge.models.families.qwen_vl import SECTION, SECTIONS, in_turns
+from evojax_merge.models.families.mixture import ALL_SPARSE
+from evojax_merge.models.families.qwen_vl import SECTION, SECTIONS, in_turns, read_mrope
 from evojax_merge.models.layers import (
     Attend,
     CosSin,
     KeyValue,
-    SequenceLayout,
     Weights,
     apply_rope,
     dense,
     dense_heads,
     dense_whole,
     rms_norm_float32,
-    rope_tables,
 )
 from evojax_merge.models.recurrence import Recur
 
 FULL = "full_attention"
 MROPE_SECTIONS = (11, 11, 10)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeltaConfig(LlamaLikeConfig):
-    """rope_axes: see `config.MropeConfig`; empty: all by a token's place in time."""
-
-    rope_axes: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeltaMixtureConfig(DeltaConfig, MixtureConfig):
-    """With a mixture of experts in each layer."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -65,7 +51,7 @@ MLP = tuple(leaf for leaf in llama_like.PROJECTIONS if leaf.component == "mlp")
 FILTERS = llama_like.FILTERS | {"attention": "_attn."}
 
 
-def dimensions(common_dimensions: Callable[[Any], dict[str, int]], config: DeltaConfig) -> dict[str, int]:
+def dimensions(common_dimensions: Callable[[Any], dict[str, int]], config: LlamaLikeConfig) -> dict[str, int]:
     common = common_dimensions(config)
     shape = {} if config.recurrent is None else gated_delta.dimensions(config.recurrent)
     return common | shape | {"gated_queries": 2 * common["queries"]}
@@ -77,12 +63,12 @@ def dimensions(common_dimensions: Callable[[Any], dict[str, int]], config: Delta
 Mlp = Callable[[Any, Weights, jax.Array], jax.Array]
 
 
-def norm(config: DeltaConfig, weights: Weights, name: str, x: jax.Array) -> jax.Array:
+def norm(config: LlamaLikeConfig, weights: Weights, name: str, x: jax.Array) -> jax.Array:
     return rms_norm_float32(x, weights[name], config.norm_eps, offset=1.0)
 
 
 def attention_block(
-    mlp: Mlp, config: DeltaConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+    mlp: Mlp, config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
 ) -> tuple[jax.Array, KeyValue]:
     with jax.named_scope("attention"):
         normed = norm(config, weights, "attention_norm", x)
@@ -96,7 +82,7 @@ def attention_block(
 
 
 def linear_block(
-    mlp: Mlp, project: Callable[..., Any], config: DeltaConfig, weights: Weights, x: jax.Array, rope: CosSin,
+    mlp: Mlp, project: Callable[..., Any], config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin,
     recur: Recur,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
     """project: (config, weights, normed hidden states) -> the arrays qkv, z, b, a of `gated_delta.mix`."""
@@ -107,20 +93,16 @@ def linear_block(
     return x + mlp(config, weights, norm(config, weights, "mlp_norm", x)), kept
 
 
-def final_norm(config: DeltaConfig, source: SharedWeights, x: jax.Array) -> jax.Array:
+def final_norm(config: LlamaLikeConfig, source: SharedWeights, x: jax.Array) -> jax.Array:
     return rms_norm_float32(x, source.leaf("final_norm"), config.norm_eps, offset=1.0)
 
 
-def position_tables(config: DeltaConfig, layout: SequenceLayout) -> CosSin:
-    return rope_tables(config.rope, config.rotary_dim, layout, config.rope_axes)
-
-
-def four_projections(config: DeltaConfig, weights: Weights, x: jax.Array) -> tuple[jax.Array, ...]:
+def four_projections(config: LlamaLikeConfig, weights: Weights, x: jax.Array) -> tuple[jax.Array, ...]:
     qkv, z, b, a = (dense_whole(x, weights, name) for name in ("in_qkv", "in_z", "in_b", "in_a"))
     return qkv, z, b, a
 
 
-def two_projections(config: DeltaConfig, weights: Weights, x: jax.Array) -> tuple[jax.Array, ...]:
+def two_projections(config: LlamaLikeConfig, weights: Weights, x: jax.Array) -> tuple[jax.Array, ...]:
     """Qwen3-Next's projections have the rows of each head of keys together."""
     shape = config.recurrent
     assert shape is not None
@@ -152,25 +134,21 @@ MROPE = or_null(mapping({**PARTIAL_ROPE.keys, SECTION: SECTIONS, "mrope_interlea
 
 
 def read(
-    read_common: Callable[..., Any], kind: type[Any], sections: tuple[int, ...], hf: Mapping[str, Any]
-) -> DeltaConfig:
+    read_common: Callable[..., LlamaLikeConfig], sections: tuple[int, ...], hf: Mapping[str, Any]
+) -> LlamaLikeConfig:
     """The config for the values `hf` of the keys of config.json. read_common: reads those of a Llama or a mixture;
     sections: M-RoPE's by default; empty: the model has plain RoPE."""
     types = read_types(hf, (FULL, gated_delta.STACK))
-    settings = hf["rope_parameters"]
-    rope = {key: value for key, value in settings.items() if key not in (SECTION, "mrope_interleaved")}
-    plain = {key: value for key, value in hf.items() if key != "layer_types"}
-    plain |= {"rope_parameters": rope, "tie_word_embeddings": hf.get("tie_word_embeddings", False)}
-    # A mixture's class has no width of plain MLPs.
-    common = read_common({"intermediate_size": hf.get("moe_intermediate_size"), **plain})
-    axes = in_turns(settings.get(SECTION) or sections, common.rotary_dim // 2) if sections else ()
     shape = gated_delta.delta_shape(
         hf["linear_num_key_heads"], hf["linear_num_value_heads"], hf["linear_key_head_dim"],
         hf["linear_value_head_dim"], hf["linear_conv_kernel_dim"],
     )  # fmt: skip
-    recurrent = shape if gated_delta.STACK in types else None
-    values = vars(common) | {"layer_types": types, "recurrent": recurrent, "windows": (NO_WINDOW,) * len(types)}
-    return kind(**values, rope_axes=axes)
+    read_layers = partial(
+        read_common, layer_types=types, recurrent=shape if gated_delta.STACK in types else None,
+        windows=(NO_WINDOW,) * len(types),
+    )  # fmt: skip
+    # A mixture's class has no width of plain MLPs.
+    return read_mrope(read_layers, in_turns, sections, {"intermediate_size": hf.get("moe_intermediate_size"), **hf})
 
 
 def delta(
@@ -183,7 +161,7 @@ def delta(
     return llama_like.llama_like(
         model_type, config_class, KEYS | keys, read,
         leaves=(*NORMS, *ATTENTION, *gated_delta.leaves(projections), *mlp_leaves, *llama_like.SHARED),
-        block=attention, final_norm=final_norm, position_tables=position_tables,
+        block=attention, final_norm=final_norm,
         layer_types={
             FULL: LayerType(attention, (LAYERS, FULL)),
             gated_delta.STACK: LayerType(
@@ -216,9 +194,7 @@ MIXTURE: dict[str, Any] = {
 
 QWEN3_5_TEXT = delta(
     "qwen3_5_text", "Qwen3_5TextConfig", llama_like.gated_mlp, MLP, four_projections, FOUR, ROPED,
-    partial(
-        read, partial(llama_like.read_config, "qwen3_5_text", keys=BIASES, qk_norm=True), DeltaConfig, MROPE_SECTIONS
-    ),
+    partial(read, partial(llama_like.read_config, "qwen3_5_text", keys=BIASES, qk_norm=True), MROPE_SECTIONS),
 )  # fmt: skip
 QWEN3_5_MOE_TEXT = delta(
     "qwen3_5_moe_text", "Qwen3_5MoeTextConfig", mixture.mixture, EXPERT_LEAVES, four_projections,
@@ -228,7 +204,7 @@ QWEN3_5_MOE_TEXT = delta(
         partial(
             mixture.read_mixture, "qwen3_5_moe_text", keys=MIXTURE_BIASES, qk_norm=True, weights_sum_to_one=True
         ),
-        DeltaMixtureConfig, MROPE_SECTIONS,
+        MROPE_SECTIONS,
     ),
     unread="intermediate_size", **MIXTURE,
 )  # fmt: skip
@@ -242,7 +218,7 @@ QWEN3_NEXT = delta(
             mixture.read_mixture, "qwen3_next", qk_norm=True,
             keys=MIXTURE_BIASES | {"weights_sum_to_one": "norm_topk_prob"},
         ),
-        DeltaMixtureConfig, (),
+        (),
     ),
     **MIXTURE,
 )  # fmt: skip

@@ -5,27 +5,20 @@ Files of the first versions hold them as `[experts, in, out]`; transformers read
 is written.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from evojax_merge.models.architecture import LAYERS, ROUTER, Leaf
-from evojax_merge.models.config import MropeConfig
 from evojax_merge.models.config_keys import SWITCH
 from evojax_merge.models.families import mixture
 from evojax_merge.models.families.llama_like import BIASES
 from evojax_merge.models.families.mixture import QWEN_EXPERTS, MixtureConfig, mixture_of_experts, read_mixture
-from evojax_merge.models.families.qwen_vl import MROPE, in_turns, position_tables, read_mrope
+from evojax_merge.models.families.qwen_vl import MROPE, in_turns, read_mrope
 from evojax_merge.models.layers import Attend, CosSin, KeyValue, Weights
 
 _MLP = "model.layers.{layer}.mlp."
-
-
-@dataclass(frozen=True, kw_only=True)
-class MropeMixtureConfig(MropeConfig, MixtureConfig):
-    """A mixture of experts with M-RoPE."""
 
 
 def block(
@@ -47,11 +40,10 @@ QWEN3_VL_MOE_TEXT = mixture_of_experts(
     | {"attention_bias": SWITCH, "rope_parameters": MROPE, "rope_scaling": MROPE},
     partial(
         read_mrope, partial(read_mixture, "qwen3_vl_moe_text", keys=BIASES, qk_norm=True, weights_sum_to_one=True),
-        in_turns, (24, 20, 20), kind=MropeMixtureConfig,
+        in_turns, (24, 20, 20),
     ),
     dimensions=lambda config: mixture.dimensions(config) | {"gate_up": 2 * config.mlp},
     block=block,
-    position_tables=position_tables,
     packed={},
     transposable=("gate_up", "down"),
 )  # fmt: skip

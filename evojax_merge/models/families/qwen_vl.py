@@ -5,17 +5,15 @@ M-RoPE plain RoPE.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from evojax_merge.errors import shown
 from evojax_merge.models.architecture import Architecture
-from evojax_merge.models.config import LlamaLikeConfig, MropeConfig
 from evojax_merge.models.config_keys import SWITCH, Expected, mapping, or_null, whole
-from evojax_merge.models.families.llama_like import BIASES, QWEN_WINDOWS, ROPE, llama_like, read_config
-from evojax_merge.models.layers import CosSin, SequenceLayout, rope_tables
+from evojax_merge.models.families.llama_like import BIASES, QWEN_WINDOWS, ROPE, Config, llama_like, read_config
 
-Mrope = TypeVar("Mrope", bound=MropeConfig)
 SECTION = "mrope_section"
 _SIZE = whole(0, 2**16)
 SECTIONS = or_null(
@@ -42,42 +40,33 @@ def in_turns(sections: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def read_mrope(
-    read: Callable[[Mapping[str, Any]], LlamaLikeConfig],
+    read: Callable[[Mapping[str, Any]], Config],
     axes: Callable[[Sequence[int], int], tuple[int, ...]],
     default: Sequence[int],
     hf: Mapping[str, Any],
-    kind: type[Mrope],
-) -> Mrope:
-    """The config that `read` makes for the text decoder, as one of a kind with M-RoPE. The whole model's config says
-    whether the head is the embedding."""
+) -> Config:
+    """The config that `read` makes for the text decoder, with M-RoPE, whose sections are by default `default`; empty:
+    plain RoPE. The whole model's config says whether the head is the embedding."""
     settings = hf["rope_parameters"]
     rope = {key: value for key, value in settings.items() if key not in (SECTION, "mrope_interleaved")}
     text = read({**hf, "rope_parameters": rope, "tie_word_embeddings": hf.get("tie_word_embeddings", False)})
-    return kind(**vars(text), rope_axes=axes(settings.get(SECTION) or default, text.head_dim // 2))
-
-
-def position_tables(config: MropeConfig, layout: SequenceLayout) -> CosSin:
-    return rope_tables(config.rope, config.head_dim, layout, config.rope_axes)
+    return replace(text, rope_axes=axes(settings.get(SECTION) or default, text.rotary_dim // 2) if default else ())
 
 
 def qwen_vl(model_type: str, config_class: str, keys: dict[str, Expected], text: str, read: Any) -> Architecture:
     """The text decoder of a larger model. text: the model_type of text models with the same layers."""
     roped = {"rope_parameters": MROPE, "rope_scaling": MROPE}
-    return llama_like(model_type, config_class, keys | roped, read, position_tables=position_tables, text_model=text)
+    return llama_like(model_type, config_class, keys | roped, read, text_model=text)
 
 
 QWEN2_VL_TEXT, QWEN2_5_VL_TEXT = (
     qwen_vl(
         kind, config_class, QWEN_WINDOWS, "qwen2",
-        partial(read_mrope, partial(read_config, kind, qkv_bias=True), one_after_the_other, (16, 24, 24),
-                kind=MropeConfig),
+        partial(read_mrope, partial(read_config, kind, qkv_bias=True), one_after_the_other, (16, 24, 24)),
     )
     for kind, config_class in (("qwen2_vl_text", "Qwen2VLTextConfig"), ("qwen2_5_vl_text", "Qwen2_5_VLTextConfig"))
 )  # fmt: skip
 QWEN3_VL_TEXT = qwen_vl(
     "qwen3_vl_text", "Qwen3VLTextConfig", {"attention_bias": SWITCH}, "qwen3",
-    partial(
-        read_mrope, partial(read_config, "qwen3_vl_text", keys=BIASES, qk_norm=True), in_turns, (24, 20, 20),
-        kind=MropeConfig,
-    ),
+    partial(read_mrope, partial(read_config, "qwen3_vl_text", keys=BIASES, qk_norm=True), in_turns, (24, 20, 20)),
 )  # fmt: skip

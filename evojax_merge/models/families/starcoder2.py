@@ -1,7 +1,6 @@
 """Starcoder 2 (arXiv 2402.19173): LayerNorm, biases, an MLP without gate; sliding windows."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from evojax_merge.models.config import LlamaLikeConfig
@@ -15,7 +14,10 @@ from evojax_merge.models.families.llama_like import (
     WINDOW,
     llama_like,
     read_config,
+    renamed,
 )
+
+NAMES = {"up_proj": "c_fc", "down_proj": "c_proj"}
 
 
 def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
@@ -31,11 +33,7 @@ STARCODER2 = llama_like(
     unread="rms_norm_eps",
     leaves=(
         *LAYER_NORMS,
-        *(
-            replace(leaf, tensor=leaf.tensor.replace("up_proj", "c_fc").replace("down_proj", "c_proj"))
-            for leaf in PROJECTIONS
-            if leaf.name not in ("gate", "gate_bias")
-        ),
+        *(renamed(leaf, NAMES) for leaf in PROJECTIONS if leaf.name not in ("gate", "gate_bias")),
         *SHARED,
         FINAL_NORM_BIAS,
     ),

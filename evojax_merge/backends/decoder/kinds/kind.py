@@ -94,17 +94,14 @@ class Candidates(ABC):
     @abstractmethod
     def describe(self) -> str:
         """The content of a genome, in words."""
-        ...
 
     @abstractmethod
     def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
         """A genome as the documents of a recipe in mergekit's format, the result's last."""
-        ...
 
     @abstractmethod
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
         """The report of a genome's candidate. parents: their short names."""
-        ...
 
     def merged_from(self, genome: np.ndarray) -> list[Path]:
         """The folders of the models that a genome's candidate is made of, the base first."""
@@ -121,12 +118,10 @@ class Candidates(ABC):
     @abstractmethod
     def fates(self, other_modules: Path | None) -> list[TensorFate]:
         """The fates of the models' tensors, which are named by their paths. other_modules: see `account_of_search`."""
-        ...
 
     @abstractmethod
     def export(self, recipe: str, out: Path, card: str, check: Callable[[], None]) -> list[dict[str, Any]]:
         """Write the model of a recipe, a YAML text, to the folder `out`, and return the account of its tensors."""
-        ...
 
     # ---- Memory
 
@@ -146,7 +141,6 @@ class Candidates(ABC):
     @abstractmethod
     def loaded_bytes(self) -> int:
         """Bytes of the bank where the devices hold all of it."""
-        ...
 
     def host_bytes(self) -> int:
         """Bytes of the models that stay in the memory of the host."""
@@ -163,17 +157,14 @@ class Candidates(ABC):
     @abstractmethod
     def place_whole(self, place: Place) -> Any:
         """The arrays of a bank that the devices hold all of, as abstract arrays that `place` makes."""
-        ...
 
     @abstractmethod
     def place_parts(self, place: Place) -> Any:
         """The arrays of the parts of a bank that are on a device together, of those in turn that take most."""
-        ...
 
     @abstractmethod
     def parts_note(self, placement: Streamed, target: Target, model: int) -> str:
         """A line of a plan on how parts come to devices that share a candidate in groups of `model`."""
-        ...
 
     # ---- Evaluation
 
@@ -181,23 +172,19 @@ class Candidates(ABC):
     def load_bank(self, devices: Devices, progress: Progress, folder: Path | None) -> Any:
         """Load the arrays that candidates are made of on the devices. `progress` receives the bytes that were
         loaded; folder: the place of files that candidates are kept in, None: a temporary one."""
-        ...
 
     @abstractmethod
     def evaluator(self, decoder: Evaluator, bank: Any) -> CandidateEvaluator:
         """An evaluator of candidates from a bank, with the settings of `decoder`."""
-        ...
 
     @abstractmethod
     def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
         """A population that `evaluator` would score together, up to `size` of them, over abstract arrays that `place`
         makes: a search is planned with them before anything is loaded."""
-        ...
 
     @abstractmethod
     def describe_work(self, evaluators: Sequence[Any]) -> str:
         """One line on how the candidates of a search were evaluated."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
