@@ -10,7 +10,7 @@ from merge_kernels import Method
 
 from evojax_merge.backends.backend import Resolve
 from evojax_merge.backends.decoder.backend import DecoderBackend, DecoderModels, stored_dtype
-from evojax_merge.backends.decoder.kinds import kind_of
+from evojax_merge.backends.decoder.kinds import kind_module, kind_of
 from evojax_merge.backends.decoder.kinds.kind import Candidates, OpenedParents
 from evojax_merge.backends.decoder.placements import bank_place
 from evojax_merge.backends.decoder.vision import seeing_tokenizer, vision_of
@@ -42,7 +42,9 @@ class DecoderFactory:
     """Language models: Hugging Face folders, GGUF files, adapters."""
 
     def merges_recipes(self, config: Mapping[str, Any]) -> bool:
-        return True
+        kinds = (kind for key, kind in Config.kinds.items() if config.get(key) is not None)
+        # All stages of a chain are merges or layer paths.
+        return kind_module(next(kinds, "merge")).MERGES_RECIPES
 
     def check(self, where: str, config: Config) -> None:
         if config.evaluation.recalibrate:

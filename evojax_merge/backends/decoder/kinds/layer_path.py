@@ -30,6 +30,7 @@ from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace,
 
 # A base takes part by the method alone.
 TAKES_BASE = False
+MERGES_RECIPES = True
 # Genes have no names.
 named_space = None
 

@@ -51,6 +51,7 @@ from evojax_merge.spaces.search_parameters import find_method
 
 # A base takes part by the method alone.
 TAKES_BASE = False
+MERGES_RECIPES = True
 # Genes have no names.
 named_space = None
 

@@ -60,6 +60,7 @@ from evojax_merge.system.data_packages import cache_folder
 
 # A base takes part by the method alone.
 TAKES_BASE = False
+MERGES_RECIPES = True
 
 
 @dataclass(frozen=True, kw_only=True)

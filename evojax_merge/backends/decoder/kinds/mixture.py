@@ -40,6 +40,7 @@ from evojax_merge.zoo.references import resolve_reference
 
 # The base takes part in every candidate.
 TAKES_BASE = True
+MERGES_RECIPES = True
 
 
 @dataclass(frozen=True, kw_only=True)
