@@ -182,27 +182,22 @@ class Recorder:
         self._storage.save(number, state, row, timing)
         if number == 1:
             self._best_parent = _best_parent(self._space, row)
+        shown: Mapping[str, Any] = row.get("validation", {})
         self._reporter.finished(
-            _generation(
-                row, halved, metrics, seconds=seconds, best_parent=self._best_parent, scored_on=evaluated.scored_on,
+            Generation(
+                number=number,
+                fitness=without_broken(halved.fitness),
+                metrics=metrics,
+                validation=shown.get("best_so_far"),
+                proposed_validation=max((x for x in shown.get("finalists", ()) if x is not None), default=None),
+                **{name: row[name] for name in ("best", "mean", "best_so_far", "failed", "scores_of_best")},
+                seconds=seconds,
+                best_parent=self._best_parent,
+                scored_on=evaluated.scored_on,
                 generations=None if config.parsed_budget.seconds else config.generations,
                 seconds_left=self._clock.seconds_left(config, number, self.course, population, seconds_of(timing)),
             )
-        )  # fmt: skip
-
-
-def _generation(row: Mapping[str, Any], halved: HalvingResult, metrics: dict[str, float], **figures: Any) -> Generation:
-    """The results of a generation, of its row of the history and further `figures`, fields of `Generation`."""
-    look: Mapping[str, Any] = row.get("validation", {})
-    return Generation(
-        number=row["generation"],
-        fitness=without_broken(halved.fitness),
-        metrics=metrics,
-        validation=look.get("best_so_far"),
-        proposed_validation=max((x for x in look.get("finalists", ()) if x is not None), default=None),
-        **{name: row[name] for name in ("best", "mean", "best_so_far", "failed", "scores_of_best")},
-        **figures,
-    )
+        )
 
 
 def _best_parent(space: Space, row: Mapping[str, Any]) -> float | None:
