@@ -446,7 +446,7 @@ class Ballot:
     def _least_used(self, examples: Sequence[int]) -> int:
         """One of some prompts that the round has used least."""
         assert self._round is not None
-        used = Counter(one.example for one in (*self._round.votes, *self._open.values()))
+        used = Counter([*(vote.example for vote in self._round.votes), *(one.example for one in self._open.values())])
         least = min(used[n] for n in examples)
         return int(self._generator(2).choice([n for n in examples if used[n] == least]))
 
