@@ -379,8 +379,8 @@ class Ballot:
             spent = sum(len(each.votes) for each in rounds)
             strengths, leader = list[tuple[str, float, float]](), ""
             if self._posterior is not None and one is not None and self._pairs is None:
-                mean = self._posterior.mean
-                rows = zip(one.genomes, mean, self._posterior.deviations, strict=True)
+                mean, variances = self._posterior.mean, np.diag(self._posterior.covariance)
+                rows = zip(one.genomes, mean, np.sqrt(np.maximum(variances, 0.0)), strict=True)
                 strengths = [(self._name(genome), float(mean), float(deviation)) for genome, mean, deviation in rows]
                 leader = self._describe(one.genomes[int(mean.argmax())].astype(np.float32)) or ""
             return {

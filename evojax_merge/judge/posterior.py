@@ -86,11 +86,6 @@ class Posterior:
     covariance: np.ndarray
     evidence: float
 
-    @property
-    def deviations(self) -> np.ndarray:
-        """float64[N]: the standard deviation of each strength."""
-        return np.sqrt(np.maximum(np.diag(self.covariance), 0.0))
-
     def part(self, rows: slice) -> "Posterior":
         """The strengths of some of the candidates."""
         return Posterior(self.mean[rows], self.covariance[rows, rows], self.evidence)
