@@ -176,15 +176,11 @@ def halve_batches(batched_task: BatchedTask) -> BatchedTask | None:
     parts = [part for part in (batched_task.scoring, batched_task.prompts) if part is not None]
     if all(batch.tokens.shape[0] == 1 for part in parts for batch in part.batches):
         return None
-    return _in_batches_of(batched_task, batched_task.tokens_per_batch // 2)
+    return in_batches_of(batched_task, batched_task.tokens_per_batch // 2)
 
 
-def one_row_batches(batched_task: BatchedTask) -> BatchedTask:
-    """The same request in batches of one row."""
-    return _in_batches_of(batched_task, 1)
-
-
-def _in_batches_of(batched_task: BatchedTask, tokens: int) -> BatchedTask:
+def in_batches_of(batched_task: BatchedTask, tokens: int) -> BatchedTask:
+    """The same request in batches of about so many tokens, and of one row at least."""
     shapes = _task_shapes([batched_task.requests], tokens, batched_task.share_prefixes, batched_task.merge_tokens)
     scoring, prompts = _filled(batched_task.requests, shapes)
     return replace(batched_task, shapes=shapes, scoring=scoring, prompts=prompts, tokens_per_batch=tokens)

@@ -190,7 +190,8 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
             exchanged.update(_exchanged(eqn, inside, operand_axes, result_cuts, setting))
             sizes = tuple(setting.nbytes(out.aval, axis) for out, axis in zip(eqn.outvars, result_cuts, strict=True))
             body, repeated = _body_bytes(eqn, inside, setting), _repeated(eqn, operands, inside)
-            steps.append(_Step(name, operands, results, sizes, body, _is_batched(eqn), repeated))
+            is_batched = name == "dot_general" and bool(eqn.params["dimension_numbers"][1][0])
+            steps.append(_Step(name, operands, results, sizes, body, is_batched, repeated))
         return tuple(number(value) for value in jaxpr.jaxpr.outvars)
 
     given = tuple(next(counter) for _ in jaxpr.jaxpr.invars)
@@ -229,10 +230,6 @@ def _exchanged(
         is_sum = name in ("dot_general", "gather") or name.startswith(("reduce_", "arg"))
         total[Exchange(sum(nbytes_of(out.aval) for out in eqn.outvars), is_sum)] += 1
     return total
-
-
-def _is_batched(eqn: Any) -> bool:
-    return eqn.primitive.name == "dot_general" and bool(eqn.params["dimension_numbers"][1][0])
 
 
 def _repeated(eqn: Any, operands: Sequence[int], inside: Sequence[FlatProgram]) -> tuple[int, ...]:

@@ -1,11 +1,10 @@
 """A model's answers, example by example: plain rows for a file of JSON lines."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.scores import ScoredTask, TaskScores
+from evojax_merge.evaluation.scores import ScoredTask, TaskScores, number_or_none
 
 # The keys of a row, whatever the task is.
 KEYS = ("model", "task", "example", "score", "scores")
@@ -30,7 +29,7 @@ def sample_rows(
             answers.append(("outputs", requests.prompts, scores.outputs[task.name][p]))
         # The values that a user's function of the logits returns are no log-probabilities.
         if task.name in scores.log_probabilities and requests.logits_fn is None:
-            totals = [_finite(total) for total in scores.log_probabilities[task.name][p]]
+            totals = [number_or_none(total) for total in scores.log_probabilities[task.name][p]]
             answers.append(("log_probabilities", requests.scored, totals))
         for row in (*requests.prompts, *requests.scored):
             lines[row.example]["example"] = row.where
@@ -55,12 +54,8 @@ def score_rows(
             "model": model,
             "task": task.name,
             "example": example,
-            "score": _finite(matrices[task.metric][p, n]),
-            "scores": {metric: _finite(matrix[p, n]) for metric, matrix in matrices.items()},
+            "score": number_or_none(matrices[task.metric][p, n]),
+            "scores": {metric: number_or_none(matrix[p, n]) for metric, matrix in matrices.items()},
         }
         for n, example in enumerate(examples)
     ]
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -6,7 +6,7 @@ failed.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -188,6 +188,11 @@ def ranked_fitness(tasks: Sequence[ScoredTask], scores: TaskScores, goal: Goal =
         return values
     broken = violations(tasks, scores, goal)
     return np.where(np.isfinite(values) & (broken > 0), BROKEN * (1 + broken / (1 + broken)), values)
+
+
+def number_or_none(value: Any) -> float | None:
+    """A number for JSON, which has no NaN."""
+    return float(value) if np.isfinite(value) else None
 
 
 def without_broken(values: np.ndarray) -> np.ndarray:

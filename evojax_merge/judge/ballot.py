@@ -8,6 +8,7 @@ any thread; the search waits in `strengths`.
 import threading
 import time
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -378,8 +379,8 @@ class Ballot:
             spent = sum(len(each.votes) for each in rounds)
             strengths, leader = list[tuple[str, float, float]](), ""
             if self._posterior is not None and one is not None and self._pairs is None:
-                mean = self._posterior.mean
-                rows = zip(one.genomes, mean, self._posterior.deviations, strict=True)
+                mean, variances = self._posterior.mean, np.diag(self._posterior.covariance)
+                rows = zip(one.genomes, mean, np.sqrt(np.maximum(variances, 0.0)), strict=True)
                 strengths = [(self._name(genome), float(mean), float(deviation)) for genome, mean, deviation in rows]
                 leader = self._describe(one.genomes[int(mean.argmax())].astype(np.float32)) or ""
             return {
@@ -433,11 +434,10 @@ class Ballot:
             if not allowed.any() or not self._informs(allowed):
                 return None
             assert self._posterior is not None
-            generator = self._generator(len(self._round.votes) + len(self._open), 0)
-            pair = self._rule(self._posterior, allowed, generator)
+            pair = self._rule(self._posterior, allowed, self._generator(0))
             chosen = (*pair, self._least_used(self._differing_prompts(*pair)))
         first, second, example = chosen
-        is_swapped = self._generator(len(self._round.votes) + len(self._open), 1).random() >= 0.5
+        is_swapped = self._generator(1).random() >= 0.5
         return (second, first, example) if is_swapped else (first, second, example)
 
     def _differing_prompts(self, left: int, right: int) -> list[int]:
@@ -446,12 +446,9 @@ class Ballot:
     def _least_used(self, examples: Sequence[int]) -> int:
         """One of some prompts that the round has used least."""
         assert self._round is not None
-        used = np.zeros(self._examples.size)
-        for example in [vote.example for vote in self._round.votes] + [one.example for one in self._open.values()]:
-            used[example] += 1
+        used = Counter([*(vote.example for vote in self._round.votes), *(one.example for one in self._open.values())])
         least = min(used[n] for n in examples)
-        generator = self._generator(len(self._round.votes) + len(self._open), 2)
-        return int(generator.choice([n for n in examples if used[n] == least]))
+        return int(self._generator(2).choice([n for n in examples if used[n] == least]))
 
     def _differing(self) -> np.ndarray:
         """bool[P, P]: the pairs of candidates whose answers differ."""
@@ -463,7 +460,8 @@ class Ballot:
         assert self._posterior is not None
         return float(np.max(information(self._posterior), where=allowed, initial=0.0)) >= LEAST_INFORMATION
 
-    def _generator(self, votes: int, use: int) -> np.random.Generator:
-        """The random numbers behind so many votes of the round, for one use of them."""
+    def _generator(self, use: int) -> np.random.Generator:
+        """The random numbers behind the votes and the open questions of the round, for one use of them."""
         assert self._round is not None
+        votes = len(self._round.votes) + len(self._open)
         return np.random.default_rng([self._seed % 2**32, int(self._round.digest, 16), votes, use])

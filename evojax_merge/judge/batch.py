@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from evojax_merge.errors import InputError, Paused, shown
 from evojax_merge.judge.votes import Round, Vote, VoteFile
-from evojax_merge.system.file_system import OutputFile
+from evojax_merge.system.file_system import OutputFile, holds_json
 from evojax_merge.system.regular_file import lines_of
 from evojax_merge.tasks.voting import Choice
 
@@ -40,8 +40,7 @@ def pair_files(path: Path) -> tuple[OutputFile, OutputFile]:
     """The file of pairs and the page on which people vote on them. `path`: that of --export."""
 
     def holds_pairs(content: bytes) -> bool:
-        row = json.loads(content.partition(b"\n")[0])
-        return isinstance(row, dict) and row.keys() >= {"pair", "question", "prompt", "left", "right"}
+        return holds_json(content.partition(b"\n")[0], ("pair", "question", "prompt", "left", "right"))
 
     pairs = OutputFile(path, "--export", "holds no pairs", holds_pairs)
     page = OutputFile(page_of(path), "the page of --export", "is no page of pairs", lambda text: TITLE.encode() in text)

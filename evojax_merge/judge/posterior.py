@@ -23,6 +23,7 @@ from functools import partial
 
 import numpy as np
 
+from evojax_merge.search.item_response import sigmoid
 from evojax_merge.system.blas import one_blas_thread
 from evojax_merge.tasks.voting import Choice
 
@@ -84,11 +85,6 @@ class Posterior:
     mean: np.ndarray
     covariance: np.ndarray
     evidence: float
-
-    @property
-    def deviations(self) -> np.ndarray:
-        """float64[N]: the standard deviation of each strength."""
-        return np.sqrt(np.maximum(np.diag(self.covariance), 0.0))
 
     def part(self, rows: slice) -> "Posterior":
         """The strengths of some of the candidates."""
@@ -203,15 +199,11 @@ def _cholesky(matrix: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], n
 
 def winning(differences: np.ndarray) -> np.ndarray:
     """The probability that a judge prefers the first of two whose strengths differ by so much."""
-    return LAPSE + (1 - 2 * LAPSE) * _sigmoid(differences)
+    return LAPSE + (1 - 2 * LAPSE) * sigmoid(differences)
 
 
 def _derivatives(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The slope of the logarithm of `winning`, and minus its curvature, as expected over both results of a vote."""
-    strength, probability = _sigmoid(differences), winning(differences)
+    strength, probability = sigmoid(differences), winning(differences)
     slope = (1 - 2 * LAPSE) * strength * (1 - strength)
     return slope / probability, slope**2 / (probability * (1 - probability))
-
-
-def _sigmoid(values: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * values))

@@ -329,8 +329,8 @@ def frame_values(frames: Frames) -> dict[str, Any]:
     }
 
 
-def importance_chart(importance: Mapping[str, float], most: int = 20) -> Spec:
-    shown = dict(list(importance.items())[:most])
+def importance_chart(importance: Mapping[str, float]) -> Spec:
+    shown = dict(list(importance.items())[:20])
     base = _named("parameter", list(shown), 170, correlation=list(shown.values()))
     bars = base.mark_bar(height=9, cornerRadius=2).encode(
         x=alt.X("correlation:Q", title="rank correlation", scale=alt.Scale(domain=[-1, 1])),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from evojax_merge.config.search_config import MAX_GENERATIONS, SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.search.protocols import Strategy, gradient_generations
-from evojax_merge.search.successive_halving import rung_shards, rung_size
+from evojax_merge.search.successive_halving import rung_passes
 
 # The passes that a candidate takes with its gradient: see bench/results/strategies.md.
 GRADIENT_PASSES = 4.5
@@ -25,10 +25,9 @@ def search_passes(search: SearchConfig, strategy: Strategy, examples: int) -> fl
     followed = GRADIENT_PASSES * starts / search.gradient.minibatches
     if looks_at_all(search):
         followed += starts / STEPS_PER_LOOK
-    ends = rung_shards(2 ** (min(search.rungs, examples.bit_length()) - 1))
-    rungs = enumerate(zip([0, *ends], ends, strict=False))
-    shards = sum(rung_size(strategy.population, rung) * (end - begin) for rung, (begin, end) in rungs)
-    return rounds * followed + (search.generations - rounds) * (shards / ends[-1])
+    shards = 2 ** (min(search.rungs, examples.bit_length()) - 1)
+    scored = rung_passes(shards, strategy.population) / shards
+    return rounds * followed + (search.generations - rounds) * scored
 
 
 def looks_at_all(search: SearchConfig) -> bool:

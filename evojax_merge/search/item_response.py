@@ -73,7 +73,7 @@ def fit_item_model(scores: np.ndarray, task_of: np.ndarray) -> ItemModel:
 
 def expected_responses(items: np.ndarray, abilities: np.ndarray) -> np.ndarray:
     """float64[R, N]: expected responses in [0, 1] to items float64[N, K + 1] with abilities float64[R, K]."""
-    return _sigmoid(abilities @ items[:, :-1].T + items[:, -1])
+    return sigmoid(abilities @ items[:, :-1].T + items[:, -1])
 
 
 def predicted_spread(model: ItemModel) -> np.ndarray:
@@ -84,7 +84,7 @@ def predicted_spread(model: ItemModel) -> np.ndarray:
     return model.scale * np.sqrt(expected.var(axis=0) + around)
 
 
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
+def sigmoid(logits: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * logits))
 
 
@@ -119,7 +119,7 @@ def _newton_step(
     """A Newton step of E logistic regressions with O observations and J inputs each: the parameters float64[E, J] of
     the responses and their weights float64[E, O], the inputs float64[O, J], the offsets float64[O], and normal priors
     of the means and the precisions float64[J]."""
-    expected = _sigmoid(parameters @ inputs.T + offsets)
+    expected = sigmoid(parameters @ inputs.T + offsets)
     gradient = (weights * (responses - expected)) @ inputs - precision * (parameters - prior)
     products = (inputs[:, :, None] * inputs[:, None, :]).reshape(len(inputs), -1)
     information = (weights * expected * (1 - expected)) @ products

@@ -222,7 +222,8 @@ def evolve(
             _check(evaluated, number, storage)
             for line in diagnose(evaluated.tasks, evaluated.halved.first) if number == 0 else ():
                 reporter.log(line)
-            if number == first and _is_flat(evaluated):
+            gradients = evaluated.halved.scores.gradients
+            if number == first and gradients is not None and not np.any(gradients):
                 reporter.warn(
                     "the gradient is 0 everywhere: nothing that is searched changes the scores, to first order"
                 )
@@ -316,11 +317,6 @@ def failure_hint(task: Any) -> str:
         "Merges overflow where the bounds of their parameters are wide, and paths fail that have no layer or more than "
         "max_layers: narrow the bounds, lower search.sigma, or evaluate the parents by themselves"
     )
-
-
-def _is_flat(evaluated: Evaluated) -> bool:
-    gradients = evaluated.halved.scores.gradients
-    return gradients is not None and not np.any(gradients)
 
 
 def init_state(

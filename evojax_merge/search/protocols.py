@@ -264,11 +264,3 @@ class SubsetEvaluator(GenomeEvaluator, Protocol):
     def subset(self, examples: Sequence[np.ndarray]) -> GenomeEvaluator:
         """The evaluator of a subset of the examples: for each task int[M], ascending."""
         ...
-
-
-class GradientEvaluator(GenomeEvaluator, Protocol):
-    """Scores genomes, and differentiates their fitness."""
-
-    def value_and_gradient(self, genomes: np.ndarray, progress: Progress = ...) -> tuple[TaskScores, np.ndarray]:
-        """The scores, and float32[P, D], the derivative of each genome's fitness with respect to it."""
-        ...

@@ -10,7 +10,7 @@ import numpy as np
 
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.compilations import compilations
-from evojax_merge.evaluation.scores import ScoredTask, without_broken
+from evojax_merge.evaluation.scores import ScoredTask, number_or_none, without_broken
 from evojax_merge.mergekit.write import shortest_decimal
 from evojax_merge.search.protocols import HasParents, Space, State
 from evojax_merge.search.stopping import Course, course_of, seconds_of
@@ -182,27 +182,22 @@ class Recorder:
         self._storage.save(number, state, row, timing)
         if number == 1:
             self._best_parent = _best_parent(self._space, row)
+        shown: Mapping[str, Any] = row.get("validation", {})
         self._reporter.finished(
-            _generation(
-                row, halved, metrics, seconds=seconds, best_parent=self._best_parent, scored_on=evaluated.scored_on,
+            Generation(
+                number=number,
+                fitness=without_broken(halved.fitness),
+                metrics=metrics,
+                validation=shown.get("best_so_far"),
+                proposed_validation=max((x for x in shown.get("finalists", ()) if x is not None), default=None),
+                **{name: row[name] for name in ("best", "mean", "best_so_far", "failed", "scores_of_best")},
+                seconds=seconds,
+                best_parent=self._best_parent,
+                scored_on=evaluated.scored_on,
                 generations=None if config.parsed_budget.seconds else config.generations,
                 seconds_left=self._clock.seconds_left(config, number, self.course, population, seconds_of(timing)),
             )
-        )  # fmt: skip
-
-
-def _generation(row: Mapping[str, Any], halved: HalvingResult, metrics: dict[str, float], **figures: Any) -> Generation:
-    """The results of a generation, of its row of the history and further `figures`, fields of `Generation`."""
-    look: Mapping[str, Any] = row.get("validation", {})
-    return Generation(
-        number=row["generation"],
-        fitness=without_broken(halved.fitness),
-        metrics=metrics,
-        validation=look.get("best_so_far"),
-        proposed_validation=max((x for x in look.get("finalists", ()) if x is not None), default=None),
-        **{name: row[name] for name in ("best", "mean", "best_so_far", "failed", "scores_of_best")},
-        **figures,
-    )
+        )
 
 
 def _best_parent(space: Space, row: Mapping[str, Any]) -> float | None:
@@ -212,12 +207,7 @@ def _best_parent(space: Space, row: Mapping[str, Any]) -> float | None:
     parents = space.parents_among(np.array(row["genomes"], np.float32))
     met_all = np.array(row["examples"]) == max(row["examples"])
     values = np.array(row["fitness"], float)[parents & met_all]
-    return _number(np.max(values, initial=-np.inf, where=np.isfinite(values)))
-
-
-def _number(value: Any) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if np.isfinite(value) else None
+    return number_or_none(np.max(values, initial=-np.inf, where=np.isfinite(values)))
 
 
 def history_row(
@@ -235,18 +225,18 @@ def history_row(
     finite, complete = values[np.isfinite(values)], values[halved.complete & np.isfinite(values)]
     return {
         "generation": number,
-        "best": _number(complete.max()) if complete.size else None,
-        "mean": _number(finite.mean()) if finite.size else None,
-        "worst": _number(finite.min()) if finite.size else None,
-        "best_so_far": _number(without_broken(state["fitness"][:1])[0]),
-        **{name: _number(value) for name, value in metrics.items()},
+        "best": number_or_none(complete.max()) if complete.size else None,
+        "mean": number_or_none(finite.mean()) if finite.size else None,
+        "worst": number_or_none(finite.min()) if finite.size else None,
+        "best_so_far": number_or_none(without_broken(state["fitness"][:1])[0]),
+        **{name: number_or_none(value) for name, value in metrics.items()},
         "evaluations": evaluations,
         "failed": int((~np.isfinite(halved.fitness)).sum()),
-        "scores_of_best": {name: _number(value) for name, value in halved.scores_of_best.items()},
-        "fitness": [_number(value) for value in values],
+        "scores_of_best": {name: number_or_none(value) for name, value in halved.scores_of_best.items()},
+        "fitness": [number_or_none(value) for value in values],
         "examples": halved.examples.tolist(),
         "task_scores": {
-            name: [_number(value) for value in column]
+            name: [number_or_none(value) for value in column]
             for name, column in zip(halved.scores.tasks, halved.scores.task_means.T, strict=True)
         },
         "genomes": [[shortest_decimal(gene) for gene in genome] for genome in genomes],

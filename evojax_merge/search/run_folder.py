@@ -46,7 +46,7 @@ from evojax_merge.search.run_log import run_log
 from evojax_merge.search.run_parts import (
     RunFolder,
     check_parts,
-    check_replaceable_front,
+    check_replaceable,
     check_room,
     clear,
     entries,
@@ -272,14 +272,14 @@ def keep_winner(folder: RunFolder, recipe: str) -> None:
         for path in (folder.recipe, folder.result):
             if path.exists():
                 shutil.copyfile(path, work / path.name)
-        for path in (folder.model, folder.adapter, folder.front):
+        for path in folder.replaced:
             if path.exists():
                 shutil.copytree(path, work / path.name, symlinks=True, copy_function=link_or_copy)
 
 
 def write_front(folder: RunFolder, recipes: Sequence[str]) -> None:
     """Write the recipe of each member of a front, in place of the recipes in its folder, all at once."""
-    check = partial(check_replaceable_front, folder.front)
+    check = partial(check_replaceable, folder.front)
     with atomic_folder(folder.front, overwrite=True, check=check) as work:
         for number, recipe in enumerate(recipes, start=1):
             (work / f"member-{number}.yaml").write_text(recipe, encoding="utf-8")

@@ -59,6 +59,8 @@ _ORBAX_NAME = re.compile(
     r"(\.orbax-checkpoint-tmp(-[0-9]+)?)?|array_metadatas|process_[0-9]+|ocdbt\.process_[0-9]+|d|[0-9a-f]{32}"
     r"|manifest\.ocdbt)(\.__lock)?"
 )
+# The folder of a front's recipes, and each of these.
+FRONT = "front"
 _MEMBER = re.compile(r"member-[1-9][0-9]*\.yaml")
 _KEPT_WINNER = re.compile(r"[0-9]{3,}(-[0-9]+)?")
 _STAGE = re.compile(r"stage-[1-9][0-9]*")
@@ -91,7 +93,7 @@ class RunFolder:
     best = _Place("best")
     recipe = _Place("best/recipe.yaml")
     model = _Place("best/model")
-    front = _Place("best/front")
+    front = _Place(f"best/{FRONT}")
     # The adapter by which the winner is polished.
     adapter = _Place("best/adapter")
     winners = _Place("winners")
@@ -115,6 +117,11 @@ class RunFolder:
     def winner(self) -> str:
         """The reference to the winner: to the model, with its adapter where it is polished."""
         return f"{self.model}+{self.adapter}" if self.adapter.is_dir() else str(self.model)
+
+    @property
+    def replaced(self) -> list[Path]:
+        """The folders of best/ that a new winner replaces as wholes."""
+        return [self.model, self.adapter, self.front]
 
     @property
     def files(self) -> list[Path]:
@@ -221,19 +228,15 @@ def is_page(content: bytes) -> bool:
     return PAGE_MARK in content[:1000]
 
 
-def check_replaceable_model(model: Path) -> None:
-    """Raises InputError where the folder of the winner, or of its adapter, must not be replaced."""
-    check_free(model, overwrite=True)
-    if model.exists():
-        check_ours(model)
-
-
-def check_replaceable_front(front: Path) -> None:
-    """Raises InputError where the folder of a front's recipes must not be replaced."""
-    check_free(front, overwrite=True)
-    for path in entries(front):
+def check_replaceable(place: Path) -> None:
+    """Raises InputError where the folder of the winner, of its adapter, or of a front's recipes must not be
+    replaced."""
+    check_free(place, overwrite=True)
+    if place.name != FRONT and place.exists():
+        check_ours(place)
+    for path in entries(place) if place.name == FRONT else ():
         if not _MEMBER.fullmatch(path.name) or path.is_symlink() or not path.is_file():
-            raise _foreign(front, path.name)
+            raise _foreign(place, path.name)
 
 
 def check_removable_step(folder: RunFolder, generation: int) -> None:
@@ -269,7 +272,7 @@ def check_parts(folder: RunFolder, places: dict[Path, Path] | None = None) -> No
     # These three are replaced only where this program wrote them.
     checked = (folder.page, folder.log, folder.table)
     stages = (path for path in sorted(entries(folder.stages)) if _STAGE.fullmatch(path.name))
-    for path in (*folder.files, folder.model, folder.adapter, folder.front, *stages):
+    for path in (*folder.files, *folder.replaced, *stages):
         if path.is_symlink() and path not in checked:
             what = "is a link, and what it leads to would be replaced; put the file or folder itself in its place"
             raise InputError(path, what)
@@ -281,9 +284,8 @@ def check_room(folder: RunFolder, generations: int) -> None:
     """Raises InputError where a file that is not the search's own is in the way of a file that a search of
     `generations` generations will write or replace."""
     check_parts(folder)
-    check_replaceable_model(folder.model)
-    check_replaceable_model(folder.adapter)
-    check_replaceable_front(folder.front)
+    for place in folder.replaced:
+        check_replaceable(place)
     _check_names(folder, range(max(folder.steps(), default=0) + 1, generations + 1))
 
 
@@ -302,9 +304,8 @@ def _check_names(folder: RunFolder, generations: range) -> None:
 def sweep(folder: RunFolder, keep: KeepConfig) -> None:
     """Remove half-written files, and checkpoints that are not kept; a model that was being replaced gets its name back.
     The caller holds the lock."""
-    recover(folder.model)
-    recover(folder.adapter)
-    recover(folder.front)
+    for place in folder.replaced:
+        recover(place)
     for winner in {path.name.split(".")[1] for path in entries(folder.winners) if path.name.startswith(".")}:
         if _KEPT_WINNER.fullmatch(winner):
             recover(folder.winners / winner)
@@ -358,7 +359,7 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
     for file in (folder.result, folder.heldout_answers, folder.controls, *page, *table, folder.recipe):
         remove_file(file)
     stages = [stage.path for stage in folder.begun_stages()]
-    for path in (folder.model, folder.adapter, folder.front, *folder.kept_winners(), *stages):
+    for path in (*folder.replaced, *folder.kept_winners(), *stages):
         if path.exists():
             remove_folder(path)
     remove_members(folder)
@@ -387,24 +388,15 @@ def remove_log(folder: RunFolder) -> None:
 
 def _check_clear(folder: RunFolder) -> None:
     stages = folder.begun_stages()
-    for path in (
-        *folder.files,
-        folder.model,
-        folder.adapter,
-        folder.front,
-        *folder.kept_winners(),
-        *(run.path for run in stages),
-    ):
+    for path in (*folder.files, *folder.replaced, *folder.kept_winners(), *(run.path for run in stages)):
         if path.is_symlink():
             raise InputError(path, "is a link, which is not followed to delete what it leads to; remove it first")
-    check_replaceable_model(folder.model)
-    check_replaceable_model(folder.adapter)
-    check_replaceable_front(folder.front)
+    for place in folder.replaced:
+        check_replaceable(place)
+    names = {place.name for place in folder.replaced}
     for path in (path for winner in folder.kept_winners() for path in entries(winner)):
-        if path.name in (folder.model.name, folder.adapter.name):
-            check_replaceable_model(path)
-        elif path.name == folder.front.name:
-            check_replaceable_front(path)
+        if path.name in names:
+            check_replaceable(path)
         elif path.name not in (folder.recipe.name, folder.result.name) or path.is_symlink() or not path.is_file():
             raise _foreign(path.parent, path.name)
     for generation in folder.steps():
@@ -412,16 +404,7 @@ def _check_clear(folder: RunFolder) -> None:
     for stage in stages:
         _check_clear(stage)
         steps = map(stage.step, stage.steps())
-        allowed = {
-            *stage.files,
-            stage.lock,
-            stage.model,
-            stage.adapter,
-            stage.front,
-            *stage.kept_winners(),
-            *steps,
-            *stage.parts,
-        }
+        allowed = {*stage.files, stage.lock, *stage.replaced, *stage.kept_winners(), *steps, *stage.parts}
         for path in (path for place in (stage.path, *stage.parts) for path in entries(place)):
             # A stage's folder goes as a whole.
             if path not in allowed:

@@ -246,6 +246,15 @@ def empty_matrix(parts: Sequence[Part], population: int) -> Scores:
     return Scores(np.full(shape, np.nan, np.float32), np.zeros(shape, bool), task_of, names, weights)
 
 
+def rung_passes(shards: int, population: int, groups: int = 1) -> int:
+    """The passes over a shard that each of so many groups of devices has in a generation where no candidate fails."""
+    ends = rung_shards(shards)
+    return sum(
+        -(-rung_size(population, rung) // groups) * (end - begin)
+        for rung, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+    )
+
+
 def halving_passes(order: ExampleOrder, population: int) -> int:
     """The steps of progress that a generation reports where no candidate fails."""
     ends = rung_shards(len(order.parts))

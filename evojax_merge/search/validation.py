@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.scores import fitness, task_weights
+from evojax_merge.evaluation.scores import fitness, number_or_none, task_weights
 from evojax_merge.search.protocols import GenomeEvaluator, goal_of
 from evojax_merge.search.successive_halving import T
 
@@ -87,7 +87,7 @@ def validate(
                 error = float(np.sqrt(sum(weight**2 * part.var(ddof=1) / task.size for (task, weight), part in parts)))
             if values[0] > peak["fitness"]:
                 peak = {"fitness": np.array(values[0]), "scores": np.concatenate(rows)}
-    shown = [float(value) if np.isfinite(value) else None for value in values]
+    shown = list(map(number_or_none, values))
     look = {"best_so_far": shown[0] if len(best) else None, "standard_error": error, "finalists": shown[len(best) :]}
     return look, peak
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from evojax_merge.backends.backend import Backend
+from evojax_merge.backends.backend import Backend, Progress
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.scores import ROUNDING, Goal, Guard, Scale, TaskScores, means, task_weights
 from evojax_merge.problem import SearchProblem
@@ -16,7 +16,6 @@ from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.system.console import say
 from evojax_merge.tasks.splits import Splits
 
-Progress = Callable[[int], None]
 StoredSplit = Literal["search", "heldout"]
 
 

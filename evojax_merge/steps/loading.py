@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 
-from evojax_merge.backends.backend import Backend
+from evojax_merge.backends.backend import Backend, Progress
 from evojax_merge.evaluation.devices import Devices
 
-Progress = Callable[[int], None]
 # (the name of a part of the work, its steps at most) -> a context that yields the function that receives steps done.
 Phase = Callable[[str, int], AbstractContextManager[Progress]]
 # (a phase to show it in) -> the bank, once it is loaded.

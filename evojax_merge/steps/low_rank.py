@@ -8,7 +8,7 @@ Letters: V changes that are trained side by side, each with a learning rate of i
 of candidates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,12 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.backends.backend import Adaptable
+from evojax_merge.backends.backend import Adaptable, Progress
 from evojax_merge.evaluation.scores import Goal, fitness, ranked_fitness
 from evojax_merge.models.adapted import LowRankLayout
 from evojax_merge.search.budgets import GRADIENT_PASSES
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from evojax_merge.report.tables import scores_table
 from evojax_merge.search.checkpoints import Checkpoints, to_line
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.run_folder import keep_winner, write_front
-from evojax_merge.search.run_parts import RunFolder, check_replaceable_model
+from evojax_merge.search.run_parts import RunFolder, check_replaceable
 from evojax_merge.search.run_schema import read_result
 from evojax_merge.search.stopping import course_of, stopped
 from evojax_merge.steps.controls import control_roles
@@ -92,18 +92,18 @@ def why_complete(folder: RunFolder, problem: SearchProblem[Backend]) -> str | No
 def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Result) -> None:
     """Export the winner, and report."""
     interrupts.check()
-    check_replaceable_model(folder.model)
+    check_replaceable(folder.model)
     recipe, history = problem.backend.describe(result.genome).recipe, folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
     if result.members:
         write_front(folder, [problem.backend.describe(member.genome).recipe for member in result.members])
     card = search_card(folder.path.name, problem, result, recipe, len(history))
-    check = partial(check_replaceable_model, folder.model)
+    check = partial(check_replaceable, folder.model)
     tensors = problem.backend.export(recipe, result.genome, folder.model, card, check)
-    check_replaceable_model(folder.adapter)
+    check_replaceable(folder.adapter)
     if result.change is not None:
-        change, check = result.change, partial(check_replaceable_model, folder.adapter)
+        change, check = result.change, partial(check_replaceable, folder.adapter)
         change.model.export(folder.model, change.vector, folder.adapter, check)
     elif folder.adapter.exists():
         remove_folder(folder.adapter)

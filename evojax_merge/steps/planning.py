@@ -54,7 +54,7 @@ from evojax_merge.search.budgets import STEPS_PER_LOOK, looks_at_all
 from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.protocols import Strategy, gradient_generations
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.search.successive_halving import rung_shards, rung_size
+from evojax_merge.search.successive_halving import rung_passes
 from evojax_merge.search.surrogate import HISTORY
 from evojax_merge.steps.advice import advice
 from evojax_merge.steps.controls import equal_searches
@@ -111,7 +111,8 @@ def make_plan(
     on_search, on_heldout = (
         1 + problem.neighbours(each).count for each in (problem.splits.search, problem.splits.heldout)
     )
-    by_score = candidate * (on_search * _shard_passes(problem, len(prepared.shards), groups) / len(prepared.shards))
+    shards = len(prepared.shards)
+    by_score = candidate * (on_search * rung_passes(shards, whole, groups) / shards)
     counts, measured = candidates_to_select(problem), models_to_measure(problem)
 
     def scoring(models: SelectionCounts) -> Cost:
@@ -368,16 +369,6 @@ def _seconds_by_kind(uses: Sequence[Sequence[SizedPass]], target: Target, model:
 
 def _cost(passes: Sequence[SizedPass], target: Target) -> Cost:
     return sum((sized.planned.cost(target) for sized in passes), Cost())
-
-
-def _shard_passes(problem: SearchProblem[Backend], shards: int, groups: int) -> int:
-    """The number of passes of a candidate over a shard of the examples that a generation has for each group of
-    devices."""
-    ends = rung_shards(shards)
-    return sum(
-        math.ceil(rung_size(problem.strategy.population, rung) / groups) * (end - begin)
-        for rung, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
-    )
 
 
 def _rows(passes: Sequence[SizedPass], target: Target, model: int) -> tuple[PassPlan, ...]:

@@ -38,6 +38,7 @@ from evojax_merge.report.progress import passes_bar
 from evojax_merge.schema.yaml_reader import load_yaml
 from evojax_merge.search.run_folder import RunFolder, check_recorded_inputs, is_run
 from evojax_merge.search.validation import validation_split
+from evojax_merge.system.file_system import holds_json
 from evojax_merge.tasks.opening import ignored_numbers, open_splits, open_whole_task, repeated
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task, about_backend
@@ -239,5 +240,4 @@ def is_score_table(content: bytes) -> bool:
 
 def is_samples_file(content: bytes) -> bool:
     """Return whether a file begins like an output of `evaluate --samples`."""
-    row = json.loads(content.partition(b"\n")[0])
-    return isinstance(row, dict) and row.keys() >= set(SAMPLE_KEYS)
+    return holds_json(content.partition(b"\n")[0], SAMPLE_KEYS)

@@ -10,7 +10,7 @@ import numpy as np
 
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR
 from evojax_merge.errors import Failed
-from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
+from evojax_merge.evaluation.batched_tasks import BatchedTask, in_batches_of
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of
 from evojax_merge.evaluation.evaluator import Evaluator, Progress, no_progress
@@ -216,7 +216,7 @@ def passes_of_task(
     @cache
     def least() -> list[SizedPass]:
         alone = replace(evaluator, chunk=1, chunk_sizes={})
-        return sized(alone, one_row_batches(evaluator.batched_tasks[i]), None)
+        return sized(alone, in_batches_of(evaluator.batched_tasks[i], 1), None)
 
     has_no_room = smallest or evaluator.free_memory() <= 0
     has_no_room = has_no_room or not _holds_candidate(evaluator, population, [evaluator.batched_tasks[i]])

@@ -10,7 +10,7 @@ from flax import struct
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
-from evojax_merge.search.strategies.registry import StrategySettings, begin_with
+from evojax_merge.search.strategies.registry import DrawingStrategy, StrategySettings, begin_with
 
 # The default number of values of a parameter: 0, 0.1, ... 1 of its range.
 VALUES = 11
@@ -30,17 +30,12 @@ class GridState:
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(DrawingStrategy):
     """values: the number of values of each parameter."""
 
-    settings: StrategySettings
     values: int
 
     name = "grid"
-
-    @property
-    def population(self) -> int:
-        return int(self.values**self.settings.dims)
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> GridState:
         dims = self.settings.dims
@@ -72,9 +67,6 @@ class Grid:
             jnp.float32(fitness[first]) if better else state.fitness,
         )
 
-    def finalists(self, state: GridState) -> np.ndarray:
-        return np.zeros((0, self.settings.dims), np.float32)
-
     def metrics(self, state: GridState) -> dict[str, float]:
         """step: the distance of neighbouring values in the next grid, in units of the range."""
         return {"step": float(np.max(state.high - state.low)) / (self.values - 1)}
@@ -93,11 +85,11 @@ def grid(settings: StrategySettings) -> Grid:
     if settings.seeds:
         raise InputError(where, "seeds: grid takes none, it covers the bounds; leave them out, or choose cma_es")
     if population is None:
-        return Grid(settings, VALUES)
+        return Grid(settings, VALUES**dims, VALUES)
     values = population if dims == 1 else isqrt(population)
     if values**dims != population or values < 3:
         raise InputError(
             where, f"population: {population}; a grid of two dimensions takes a square number from 9 on, such as "
             f"{max(values, 3) ** 2}" if dims == 2 else f"population: {population}; a grid takes 3 or more",
         )  # fmt: skip
-    return Grid(settings, values)
+    return Grid(settings, population, values)
