@@ -30,19 +30,15 @@ class PassReader(Protocol):
 
     def temporary_bytes(self, traced: TracedPass) -> int:
         """Bytes that the pass needs on a device beside its arguments, its results included."""
-        ...
 
     def sent_bytes(self, traced: TracedPass, steps: int) -> float:
         """Bytes that each device sends to the others that share its candidates. steps: of a `while` loop."""
-        ...
 
     def outputs(self, traced: TracedPass) -> Any:
         """The pass's results, as abstract arrays with their shardings."""
-        ...
 
     def place(self, candidates: Any) -> Any:
         """The arrays that each candidate has (leading axis P), with the shardings that a pass takes."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -37,18 +37,15 @@ class Route(Protocol):
 
     def groups(self, tasks: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """The tasks that run together."""
-        ...
 
     @property
     def score(self) -> Callable[..., list[Responses]]:
         """(evaluator, population, *a group's tasks, progress) -> the responses to each task's rows, without texts."""
-        ...
 
     @property
     def differentiate(self) -> Callable[..., tuple[list[Responses], Any]]:
         """(evaluator, population, weights, *a group's tasks, progress) -> each task's responses, and the derivative of
         the weighted sum of the tasks' mean scores with respect to the candidates' arrays, float32."""
-        ...
 
     def planned_scoring(self, evaluator: "Evaluator", population: Any, batched_task: BatchedTask) -> Evaluation: ...
     def planned_gradient(self, evaluator: "Evaluator", population: Any, batched_task: BatchedTask) -> Evaluation: ...
@@ -273,7 +270,6 @@ class Parts(ABC):
     @abstractmethod
     def rows(self) -> Sequence[Mapping[str, int]]:
         """For each layer its stacks, and its row in each."""
-        ...
 
     @property
     def depth(self) -> int:
@@ -284,33 +280,27 @@ class Parts(ABC):
     @abstractmethod
     def layer_bytes(self) -> int:
         """Bytes of what comes to the devices for a layer."""
-        ...
 
     @abstractmethod
     def bring(self, chunks: Sequence[Any]) -> Iterator[Bring]:
         """The leaves that embed tokens, each of the layers, and the leaves behind them, for all chunks of candidates;
         the next part is loaded meanwhile."""
-        ...
 
     @abstractmethod
     def ends(self, candidates: Any) -> Iterator[Part]:
         """The leaves outside of the layers for one chunk, one by one."""
-        ...
 
     @abstractmethod
     def layers(self, candidates: Any) -> Iterator[tuple[str, int, Part]]:
         """The rows of the stacks for one chunk: each layer's, by stack and number."""
-        ...
 
     @abstractmethod
     def model_shape(self, population: Population) -> Any:
         """The shapes of one materialised candidate."""
-        ...
 
     @abstractmethod
     def abstract(self, devices: Devices) -> "Parts":
         """The same parts as abstract arrays."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ class WinnerReport(Protocol):
 
     def document(self) -> dict[str, Any]:
         """Its part of result.json."""
-        ...
 
     def terminal(self) -> str | None:
         """The text that the terminal shows above the table of scores, if any."""

@@ -24,16 +24,13 @@ class ComparesNeighbours(Protocol):
     @property
     def neighbours(self) -> int:
         """The number of neighbours, even."""
-        ...
 
     @property
     def step(self) -> float:
         """The distance of each gene of a neighbour from the candidate's; 1: the range of a gene."""
-        ...
 
     def answers(self, outputs: Sequence[Sequence[str]], totals: np.ndarray) -> np.ndarray:
         """float32[P, N]: numbers that are equal for equal answers. outputs: P lists; totals: see `TaskScores`."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,6 @@ class Searchable(Protocol):
     @property
     def strata(self) -> Sequence[Sequence[np.ndarray]]:
         """Where rungs choose their examples: those of each task in strata that every rung has its share of, int[n]."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -28,28 +28,22 @@ class Strategy(Protocol):
     @property
     def population(self) -> int:
         """P."""
-        ...
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> State:
         """The state before the first generation. genomes: float32[A, D], good candidates; row 0 is the start."""
-        ...
 
     def ask(self, key: jax.Array, state: State) -> tuple[jax.Array, State]:
         """The generation's genomes, float32[P, D], and the state to `tell`."""
-        ...
 
     def tell(self, key: jax.Array, state: State, genomes: jax.Array, scores: Scores) -> State:
         """The state after a generation. `scores.fitness`: float64[P], higher is better, NaN: the candidate failed."""
-        ...
 
     def finalists(self, state: State) -> np.ndarray:
         """float32[F, D]: further genomes that may be the winner, such as a distribution's mean."""
-        ...
 
     def metrics(self, state: State) -> dict[str, float]:
         """The figures of the state for the history, by name; among them `sigma`, the standard deviation of a step,
         where the strategy has one."""
-        ...
 
 
 # The function that a strategy differentiates: the fitness, or a smooth companion of it.
@@ -95,22 +89,18 @@ class CapableStrategy(Strategy, Protocol):
     def inject(self, state: State, genomes: jax.Array, count: int) -> tuple[jax.Array, State]:
         """takes_injected: the genomes and the state to `tell` in the first generation, where the first `count` of the
         genomes, float32[P, D], replace genomes that `ask` drew."""
-        ...
 
     def wants_gradients(self, state: State) -> bool:
         """differentiates: return whether the next generation's scores have gradients, `scores.gradients`, of some
         examples or of the companion. Such a strategy may ask for fewer genomes than its population."""
-        ...
 
     def gradient_generations(self, generations: int) -> tuple[int, int]:
         """differentiates: return the number of generations, out of `generations`, whose scores have gradients, and the
         number of genomes in each. The plan of a search counts them."""
-        ...
 
     def context(self, state: State) -> Any:
         """lends_context: the part of a state that the space needs to decode genomes, beside the genomes (see
         `ContextSpace`), such as the members that the strategy has bred."""
-        ...
 
 
 def differentiates(strategy: Strategy) -> Differentiates | None:
@@ -141,26 +131,21 @@ class Space(Protocol):
     @property
     def dims(self) -> int:
         """D, the number of genes of a genome."""
-        ...
 
     @property
     def start(self) -> np.ndarray:
         """float32[D], the genome with which a search begins."""
-        ...
 
     def baselines(self) -> tuple[str, np.ndarray]:
         """The candidates that need no search, which the winner is compared with on the search split: in words, and
         their genomes, float32[S, D]."""
-        ...
 
     def decode(self, genomes: np.ndarray) -> Any:
         """The candidates of genomes float32[P, D], in the form that the space's evaluator takes."""
-        ...
 
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
         """float32[S, D]: the genomes of the merges with the name `name`, one of `config.Seed`, with which a search may
         begin. Raises InputError where the space has none."""
-        ...
 
 
 @runtime_checkable
@@ -169,7 +154,6 @@ class ContextSpace(Space, Protocol):
 
     def within(self, context: Any) -> "ContextSpace":
         """The space of a search whose strategy lends `context`."""
-        ...
 
 
 @runtime_checkable
@@ -183,7 +167,6 @@ class HasMoves(Protocol):
     def move_genes(self) -> tuple[int, ...]:
         """The number of values of each gene of a move, from bound to bound in equal parts: 2 for the first gene, off
         and on; 0 for a continuous gene. In the start's genome, a continuous gene has the value that changes nothing."""
-        ...
 
 
 @runtime_checkable
@@ -193,7 +176,6 @@ class HasPlainMerges(Protocol):
     def plain_merges(self) -> tuple[np.ndarray, Sequence[str]]:
         """The merges that need no search and that the space contains, to the rounding of float32: float32[S, D], the
         uniform merge first, then each parent alone; and, in words, which of them it leaves out, and why."""
-        ...
 
 
 def plain_merges_of(space: Space) -> tuple[np.ndarray, Sequence[str]]:
@@ -207,7 +189,6 @@ class HasParents(Protocol):
 
     def parents_among(self, genomes: np.ndarray) -> np.ndarray:
         """bool[P]: true for the genomes, float32[P, D], that stand for a parent as it is."""
-        ...
 
 
 @runtime_checkable
@@ -217,12 +198,10 @@ class HasAverages(Protocol):
     @property
     def parents(self) -> int:
         """K."""
-        ...
 
     def averages(self, where: str, members: np.ndarray) -> np.ndarray:
         """float32[S, D]: uniform averages of parents' weights. members: bool[S, K], the parents in each. Raises
         InputError where the space leaves them out."""
-        ...
 
 
 class ScoresCandidates(Protocol):
@@ -233,7 +212,6 @@ class ScoresCandidates(Protocol):
 
     def passes(self, population: int) -> int:
         """The number of steps of progress that the evaluation of `population` candidates reports."""
-        ...
 
     def evaluate(self, candidates: Any, progress: Progress = ...) -> TaskScores: ...
 
@@ -263,4 +241,3 @@ class SubsetEvaluator(GenomeEvaluator, Protocol):
 
     def subset(self, examples: Sequence[np.ndarray]) -> GenomeEvaluator:
         """The evaluator of a subset of the examples: for each task int[M], ascending."""
-        ...

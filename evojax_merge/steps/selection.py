@@ -48,7 +48,6 @@ class ComparesAnswers(Protocol):
     ) -> tuple[list[tuple[str, str, int, TaskScores]], Sequence[Mapping[str, Meetings]]]:
         """The same models, the winner last: role, name, and the scores in which the model stands, with its row; and for
         each `task/metric` -> the winner's meetings with it."""
-        ...
 
 
 def open_evaluators(

@@ -127,7 +127,6 @@ class ScoredTask(Protocol):
 class SplittableTask(ScoredTask, Protocol):
     def subset(self, examples: Sequence[int]) -> Any:
         """The same task on some of its examples."""
-        ...
 
 
 class TaskDefaults(Protocol):
@@ -215,11 +214,9 @@ class Task(TaskDefaults, ScoredTask, Protocol):
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         """The requests to a model of `context` tokens. Raises InputError for an example that cannot be asked."""
-        ...
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
         """Metric -> float32[P, N]."""
-        ...
 
 
 def about_backend(task: Any, lacking: str) -> str:

@@ -53,11 +53,9 @@ class Judge(Protocol):
 
     def choose(self, record: dict[str, Any], prompt: str, left: Any, right: Any) -> Choice:
         """The choice between two answers to a prompt, which was made of a record."""
-        ...
 
     def report(self) -> str | None:
         """A line on the votes so far; None: there is nothing to say."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -115,19 +113,15 @@ class JudgedTask(ScoredTask, Protocol):
 
     def prompt(self, example: int) -> str:
         """The prompt of an example, as a judge reads it; empty: there is none."""
-        ...
 
     def record(self, example: int) -> dict[str, Any]:
         """The example in the file's form."""
-        ...
 
     def content(self, answer: str) -> Any:
         """An answer as functions see it: the text, or the picture's pixels, float32[H, W, C] from 0 to 1."""
-        ...
 
     def picture(self, name: str) -> bytes | None:
         """A picture that was drawn, as a PNG; None: none has the name."""
-        ...
 
 
 def voting_of(config: VotesConfig, opening: Opening, judge: Judge | None = None) -> Voting:
