@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from helpers.commands import output_of, run_here
-from helpers.files import read_json, write_lines, write_yaml
+from helpers.files import read_json, write_json, write_lines, write_yaml
 from helpers.sampling import ALL, sample
 from helpers.searches import open_problem, problem_of
 from reference.generators import blocks_of_sd_mecha, diffusers_name, of_sd_mecha, tensor_names
@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_generators import SIZE, file_tensors, make_ddpm, make_sdxl, make_stable_diffusion, save_file_of
 
 from evojax_merge.checkpoints.generator_keys import Blocks, blocks_of
+from evojax_merge.checkpoints.pipelines import Pipeline, open_pipeline
 from evojax_merge.commands.merge import MergeOptions, write_merge
 from evojax_merge.errors import InputError
 
@@ -234,6 +235,21 @@ def test_components_are_merged_or_kept_from_a_named_model(stable: list[Path], tm
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes() == (
         two / "tokenizer" / "tokenizer.json"
     ).read_bytes()
+
+
+def test_variants_and_safety_checkers_of_the_hub_are_opened(stable: list[Path], tmp_path: Path) -> None:
+    """Folders that hold the files of one variant alone, with a component that is in diffusers' pipeline."""
+    copies = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in stable]
+    for folder in copies:
+        for file in folder.rglob("*.safetensors"):
+            file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+        (folder / "safety_checker").mkdir()
+        classes = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+        write_json(folder / "model_index.json", read_json(folder / "model_index.json") | {"safety_checker": classes})
+    merged(linear(copies, [0.5, 0.5]), tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.fp16.*")) and (tmp_path / "out" / "safety_checker").is_dir()
+    for folder in (copies[0], tmp_path / "out"):
+        assert open_pipeline(Pipeline(folder), {}).safety_checker is None
 
 
 LORA = {

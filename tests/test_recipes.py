@@ -670,7 +670,7 @@ def test_vocabularies_are_aligned_as_in_mergekit(source: str, tmp_path: Path) ->
 
 
 def test_other_architectures_merge_tensor_by_tensor(tmp_path: Path) -> None:
-    """A one-off merge needs no decoder; tensors of integers are copied."""
+    """A one-off merge needs no decoder; tensors of integers are copied, and older files may name norms' otherwise."""
     from safetensors.torch import save_file
 
     rng = np.random.default_rng(0)
@@ -683,6 +683,8 @@ def test_other_architectures_merge_tensor_by_tensor(tmp_path: Path) -> None:
             "h.0.positions": torch.arange(5),
             "wte.weight": torch.tensor(rng.normal(size=(9, 4)), dtype=torch.float32),
         }
+        norm = "LayerNorm.weight" if k else "LayerNorm.gamma"
+        tensors[norm] = torch.tensor(rng.normal(size=4), dtype=torch.float32)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         write_json(folder / "config.json", {"model_type": "something", "n_layer": 1})
         folders.append(folder)
@@ -695,6 +697,8 @@ def test_other_architectures_merge_tensor_by_tensor(tmp_path: Path) -> None:
     assert torch.equal(tensors["h.0.positions"], torch.arange(5))
     for name in ("h.0.weight", "wte.weight"):
         torch.testing.assert_close(tensors[name], 0.25 * contents[0][name] + 0.75 * contents[1][name])
+    expected = 0.25 * contents[0]["LayerNorm.gamma"] + 0.75 * contents[1]["LayerNorm.weight"]
+    torch.testing.assert_close(tensors["LayerNorm.gamma"], expected)
     assert read_json(found / "config.json")["model_type"] == "something"
 
 

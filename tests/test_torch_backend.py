@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers.commands import output_of, run_here
+from helpers.commands import linear_merge, output_of, refusal, run_here
 from helpers.families import Family
 from helpers.files import read_json, read_lines, write_json, write_lines, write_yaml
 from helpers.models import randomised, save, whisper_config
@@ -506,6 +506,8 @@ def test_models_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
         parents = [str(folder / "left"), str(tmp_path / name)]
         with pytest.raises(InputError, match=message):
             problem_of(tmp_path / "config.yaml", document(folder, parents=parents))
+    line = refusal(*linear_merge(tmp_path, folder / "left", tmp_path / "turned"))
+    assert f"id2label: label 'class3' is number 0, but 3 in {folder / 'left'}" in line
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,26 @@
 """Merges of vision-language models without a search: mergekit's tensors, and an account of every tensor that is
 stored."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 from helpers.files import read_recipe
 from helpers.mergekit import assert_same_weights
 from helpers.models import state
 from helpers.sampling import sample
-from reference.vision_models import save_seeing, seeing_model
+from reference.vision_models import load_seeing, save_seeing, seeing_model
 from safetensors.numpy import load_file, save_file
 from test_recipes import merge, mergekit_merge, write
 
 from evojax_merge.checkpoints.decoder_folder import decoder_of
+from evojax_merge.checkpoints.derived import open_model, resolve_model
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.errors import InputError
+from evojax_merge.inspection.models import read_models
 from evojax_merge.mergekit.execute import prepare
 
 # The beginnings of tensors' names as transformers writes them, and as mergekit knows them: where they differ, mergekit
@@ -39,9 +43,9 @@ def write_pair(folder: Path, kind: str) -> None:
         save_seeing(model, folder / name, seed, 0.05)
 
 
-def rename_pair(folder: Path, kind: str) -> None:
+def rename_pair(folder: Path, kind: str, models: Sequence[str] = MODELS) -> None:
     """Give the tensors of `write_pair` the names that mergekit knows."""
-    for name in MODELS:
+    for name in models:
         file = folder / name / "model.safetensors"
         save_file({known_name(kind, tensor): values for tensor, values in load_file(file).items()}, file, FORMAT)
 
@@ -91,6 +95,24 @@ def test_no_tensor_depends_on_its_name(tmp_path: Path) -> None:
     assert len(written) == len(expected)
     for name, values in written.items():
         np.testing.assert_array_equal(values, expected[known_name("llava", name)], err_msg=name)
+
+
+def test_files_of_two_ages_are_compared_and_adapted_alike(tmp_path: Path) -> None:
+    """The names of a tower do not matter to `inspect`, nor to an adapter that transformers of today made."""
+    write_pair(tmp_path, "llava")
+    tuned = peft.get_peft_model(
+        load_seeing(tmp_path / "one")[0], peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    tuned.save_pretrained(str(tmp_path / "adapter"))
+    tuned.merge_and_unload().save_pretrained(tmp_path / "expected")
+    rename_pair(tmp_path, "llava", ["one"])
+    one, two = read_models(["one", "two"], [tmp_path / "one", tmp_path / "two"])
+    assert set(one.tensors) == set(two.tensors)
+    adapted = open_model(resolve_model("test", f"{tmp_path / 'one'}+{tmp_path / 'adapter'}", tmp_path))
+    expected = {known_name("llava", name): values for name, values in state(tmp_path / "expected").items()}
+    assert adapted.entries.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(adapted.read(name), values, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", sample(KINDS, 1))

@@ -29,7 +29,7 @@ from evojax_merge.checkpoints.adapted_tensors import (
     trained_rows,
 )
 from evojax_merge.checkpoints.config_file import decoder_settings
-from evojax_merge.checkpoints.decoder_folder import DecoderFolder, TensorSlice, decoder_of
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder, TensorSlice, decoder_of, in_memory
 from evojax_merge.checkpoints.folder import ComputedTensor, Folder, Tensor, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, nearest, shown
@@ -218,7 +218,8 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
         raise InputError(file, "holds no tensor; expected those of an adapter")
     decoder = decoder_of(base)
     architecture, head = decoder.architecture, decoder.names.own_head
-    names = {decoder.in_memory(name): decoder.names.in_file(name) for name in decoder.entries}
+    names = {in_memory(name): name for name in decoder.other_modules}
+    names |= {decoder.in_memory(name): decoder.names.in_file(name) for name in decoder.entries}
     parameters = [] if architecture is None else [*_parameters(decoder, architecture)]
     names |= {
         parameter.name: decoder.names.in_file(parameter.leaves[0].tensor_of(parameter.layer))
@@ -327,7 +328,7 @@ def _find(base: Folder, names: Mapping[str, str], tied_head: str | None, tensor:
             tensor.file, f"{key}: changes the head, which is the embedding in {base.path} (tie_word_embeddings); "
             "expected a base with a head of its own",
         )  # fmt: skip
-    candidates = (name, names.get(name), name.partition(".")[2])
+    candidates = (name, names.get(name), names.get(in_memory(name)), name.partition(".")[2])
     base_name = next(
         (candidate for candidate in candidates if candidate is not None and candidate in base.entries), None
     )

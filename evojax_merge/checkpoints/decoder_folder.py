@@ -7,7 +7,7 @@ that reads images, the text decoder has a prefix of its own (`language_model.mod
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,14 +39,16 @@ PROJECTOR = "projector"
 LM_HEAD = "lm_head.weight"
 # A tensor without a byte may say that it holds any number of experts, of which each gets a name.
 MOST_PACKED = 100_000
-# The beginnings of tensors' names in older files of larger models, and in transformers' memory; applied one after the
-# other.
+# Parts of tensors' names in older files of larger models and of encoders, and in transformers' memory; applied one
+# after the other.
 IN_MEMORY = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^language_model\.model\."), "model.language_model."),
     (re.compile(r"^model\.(?=(embed_tokens|layers|norm)\.)"), "model.language_model."),
     (re.compile(r"^(?!model\.|lm_head\.)"), "model."),
     (re.compile(r"^model\.vision_tower\.vision_model\."), "model.vision_tower."),
+    (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
+    (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
 )
 
 
@@ -366,21 +368,28 @@ def _parts(architecture: Architecture, name: str, entry: Tensor) -> dict[str, Te
     return {name: entry}
 
 
+def in_memory(name: str) -> str:
+    """transformers' name in memory of a tensor of a larger model, by its name in a file of any age."""
+    for pattern, begin in IN_MEMORY:
+        name = pattern.sub(begin, name)
+    return name
+
+
 def named_alike(folder: DecoderFolder, expected: DecoderFolder) -> DecoderFolder:
     """A model with its tensors renamed as in another model of its kind, whose files may be older or newer; unchanged
     where two of its tensors would get one name."""
-
-    def in_memory(name: str) -> str:
-        for pattern, begin in IN_MEMORY:
-            name = pattern.sub(begin, name)
-        return name
-
-    theirs = {in_memory(name): name for name in expected.entries}
-    renamed = {
-        name if name in expected.entries else theirs.get(in_memory(name), name): entry
-        for name, entry in folder.entries.items()
-    }
+    renamed = _renamed(folder.entries, expected.entries)
     return replace(folder, entries=renamed) if len(renamed) == len(folder.entries) else folder
+
+
+def with_others_named_alike(folder: DecoderFolder, expected: DecoderFolder) -> DecoderFolder:
+    """As `named_alike`, for the tensors of a larger model outside of its decoder."""
+    return replace(folder, other_modules=_renamed(folder.other_modules, expected.other_modules))
+
+
+def _renamed(tensors: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    theirs = {in_memory(name): name for name in expected}
+    return {name if name in expected else theirs.get(in_memory(name), name): tensor for name, tensor in tensors.items()}
 
 
 def _find_body(folder: Folder, architecture: Architecture, body: str, *, anywhere: bool) -> str:

@@ -51,6 +51,21 @@ def check_counts(file: Path, tensors: int = 0) -> None:
         raise InputError(file, f"id2label: {shown(labels)}; expected a mapping of labels' numbers to their names")
 
 
+def check_labels(where: object, labels: Any, first: object, expected: Any) -> None:
+    """Raises InputError where a classifier's id2label has a label under another number than that of the `first` one: a
+    merge has one head."""
+    numbers, first_numbers = (
+        {name: str(number) for number, name in one.items() if isinstance(name, str)} if isinstance(one, dict) else {}
+        for one in (labels, expected)
+    )
+    for name, number in numbers.items():
+        if first_numbers.get(name, number) != number:
+            raise InputError(
+                where, f"label {name!r} is number {number}, but {first_numbers[name]} in {first}; expected the labels "
+                f"of {first}, in the same order",
+            )  # fmt: skip
+
+
 def _numbers(above: str, document: Any) -> Iterator[tuple[str, str, float]]:
     """The numbers of a JSON document: the path of each, the name of its last key, and the number."""
     for name, value in document.items() if isinstance(document, dict) else ():

@@ -31,6 +31,8 @@ MERGE = "merge"
 TOKENIZERS = {f"tokenizer{number}": f"text_encoder{number}" for number in ("", "_2", "_3", "_4")}
 # The first held-out pictures of a winner and of what it is compared with, in the winner's folder.
 SHEET = "contact_sheet.png"
+# The component that blackens pictures; its class belongs to a pipeline, and no score asks it.
+SAFETY_CHECKER = "safety_checker"
 # The endings of a component's files that are copied.
 COPIED = {".json", ".txt", ".model", ".jinja", ".safetensors"}
 # Keys of configs that say where a component comes from, and nothing of what it is.
@@ -102,6 +104,11 @@ class Pipeline:
             )  # fmt: skip
         return [file for file in copied if file not in variants]
 
+    def variant(self, component: str) -> str | None:
+        """The variant, such as fp16, of which alone a component has weights."""
+        names = [file.name.split(".") for file in self.files(component) if file.suffix == ".safetensors"]
+        return names[0][1].partition("-")[0] if names and len(names[0]) > 2 else None
+
     def content(self, component: str) -> dict[str, Any]:
         """A component's files by name, in a form that can be compared."""
         contents = {}
@@ -140,7 +147,7 @@ def open_component(pipeline: Pipeline, name: str, dtype: str | None = None) -> A
             return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         module, report = kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            dtype=getattr(torch, dtype or "float32"), output_loading_info=True,
+            dtype=getattr(torch, dtype or "float32"), output_loading_info=True, variant=pipeline.variant(name),
         )  # fmt: skip
     missing = sorted(report["missing_keys"])
     if missing:
@@ -156,7 +163,8 @@ def open_pipeline(pipeline: Pipeline, given: Mapping[str, Any]) -> Any:
     taken = inspect.signature(kind.__init__).parameters
     values = dict.fromkeys(kind._optional_components)
     values |= {name: None if isinstance(value, list) else value for name, value in pipeline.index.items()}
-    values |= {name: open_component(pipeline, name, "float32") for name in pipeline.classes if name not in given}
+    unopened = pipeline.classes.keys() - given.keys() - {SAFETY_CHECKER}
+    values |= {name: open_component(pipeline, name, "float32") for name in unopened}
     values |= given
     with quiet_diffusers(), library_errors(pipeline.path, f"{pipeline.class_name} cannot open it"):
         return kind(**{name: value for name, value in values.items() if name in taken})
@@ -201,10 +209,13 @@ class Components:
 
 def _copy(pipeline: Pipeline, component: str, folder: Path, weights: bool) -> None:
     (folder / component).mkdir(exist_ok=True)
+    variant = pipeline.variant(component)
     for file in pipeline.files(component):
-        is_weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
+        is_weights = file.suffix == ".safetensors" or ".safetensors.index." in file.name
         if weights or not is_weights:
-            target = folder / component / file.relative_to(pipeline.path / component)
+            # A variant is a component's only weights: libraries open them by their plain name.
+            name = file.name.replace(f".{variant}.", ".")
+            target = folder / component / file.relative_to(pipeline.path / component).with_name(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
 

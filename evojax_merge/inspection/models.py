@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config
 from evojax_merge.checkpoints.config_file import torch_hint
-from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of, named_alike
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of, named_alike, with_others_named_alike
 from evojax_merge.checkpoints.derived import SAFETENSORS, open_model, sources_of
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder, read_metadata
 from evojax_merge.checkpoints.generator_keys import scheme_of
@@ -81,8 +81,8 @@ def read_models(references: Sequence[str], paths: Sequence[Path]) -> list[Model]
         if path in paths[:number]:
             raise InputError(references[number], "is given twice; expected models that differ")
     folders = [decoder_of(_open(path)) for path in paths]
-    if folders[0].architecture is None:
-        folders[1:] = [named_alike(folder, folders[0]) for folder in folders[1:]]
+    alike = named_alike if folders[0].architecture is None else with_others_named_alike
+    folders[1:] = [alike(folder, folders[0]) for folder in folders[1:]]
     with_tokens = [path for path in paths if has_tokenizer(path)]
     return [
         _read_model(reference, folder, with_tokens[0] if with_tokens else None)

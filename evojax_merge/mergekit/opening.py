@@ -11,6 +11,7 @@ from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of, d
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import is_float
 from evojax_merge.checkpoints.generator_keys import scheme_of
+from evojax_merge.checkpoints.network_checks import check_labels
 from evojax_merge.checkpoints.parents import (
     Sources,
     check_layers_alike,
@@ -108,6 +109,9 @@ def open_models(
     # Where architectures are mixed, the others' configs do not describe the merged tensors.
     check_against_config(_decoder_of(first))
     for folder in () if allow_crimes else folders[1:]:
+        if recipe.on_mismatch == "refuse":
+            labels, expected = (one.config.get("id2label") for one in (folder, first))
+            check_labels(f"{folder.path / 'config.json'}: id2label", labels, first.path, expected)
         check_against_config(_decoder_of(folder), lambda name: _mismatch(recipe, name) == "refuse")
     if choice is not None:
         embedding = sources.token_tensors.embedding

@@ -16,6 +16,7 @@ from evojax_merge.backends.function.opening import (
     tree_merge,
 )
 from evojax_merge.backends.function.trees import open_trees
+from evojax_merge.checkpoints.network_checks import check_labels
 from evojax_merge.checkpoints.pipelines import Pipeline, choose_components, is_pipeline, open_component
 from evojax_merge.config.search_config import Config, EvaluationConfig, SpaceConfig
 from evojax_merge.errors import InputError
@@ -161,7 +162,7 @@ class TorchFactory:
 
 
 def _check_labels(where: str, modules: Mapping[str, Any]) -> None:
-    """Raises InputError where two classifiers number their labels differently: a merge has one head."""
+    """Raises InputError where two classifiers have other labels: a merge has one head."""
     (first, expected), *others = ((key, module.config.id2label) for key, module in modules.items())
     for key, labels in others:
         if len(labels) != len(expected):
@@ -169,13 +170,7 @@ def _check_labels(where: str, modules: Mapping[str, Any]) -> None:
                 f"{where}: {key}", f"has {len(labels)} labels, but {first} has {len(expected)}; expected the labels of "
                 f"{first}, in the same order",
             )  # fmt: skip
-        numbers = {name: number for number, name in expected.items()}
-        moved = [(name, number) for number, name in labels.items() if numbers.get(name, number) != number]
-        for name, number in moved[:1]:
-            raise InputError(
-                f"{where}: {key}", f"label {name!r} is number {number}, but {numbers[name]} in {first}; expected the "
-                f"labels of {first}, in the same order",
-            )  # fmt: skip
+        check_labels(f"{where}: {key}", labels, first, expected)
 
 
 def _open_pipelines(
