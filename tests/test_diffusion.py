@@ -237,17 +237,27 @@ def test_components_are_merged_or_kept_from_a_named_model(stable: list[Path], tm
     ).read_bytes()
 
 
-def test_variants_and_safety_checkers_of_the_hub_are_opened(stable: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_variants_and_safety_checkers_of_the_hub_are_opened(sharded: bool, stable: list[Path], tmp_path: Path) -> None:
     """Folders that hold the files of one variant alone, with a component that is in diffusers' pipeline."""
     copies = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in stable]
+    for folder in copies if sharded else ():
+        for file in list(folder.rglob("*.safetensors")):
+            tensors, names = load_file(file), [f"{file.stem}.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
+            file.unlink()
+            for k, name in enumerate(names):
+                save_file(dict(list(tensors.items())[k::2]), file.with_name(name), {"format": "pt"})
+            places = {key: names[i % 2] for i, key in enumerate(tensors)}
+            index = {"metadata": {"total_size": 1}, "weight_map": places}
+            write_json(file.with_name(f"{file.stem}.safetensors.index.fp16.json"), index)
     for folder in copies:
-        for file in folder.rglob("*.safetensors"):
+        for file in [] if sharded else folder.rglob("*.safetensors"):
             file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
         (folder / "safety_checker").mkdir()
         classes = ["stable_diffusion", "StableDiffusionSafetyChecker"]
         write_json(folder / "model_index.json", read_json(folder / "model_index.json") | {"safety_checker": classes})
     merged(linear(copies, [0.5, 0.5]), tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.fp16.*")) and (tmp_path / "out" / "safety_checker").is_dir()
+    assert not list((tmp_path / "out").rglob("*fp16*")) and (tmp_path / "out" / "safety_checker").is_dir()
     for folder in (copies[0], tmp_path / "out"):
         assert open_pipeline(Pipeline(folder), {}).safety_checker is None
 

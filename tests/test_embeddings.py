@@ -18,6 +18,8 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 from evojax_merge.backends.torch import network as networks
+from evojax_merge.backends.torch.folders import open_module, open_network
+from evojax_merge.backends.torch.inputs import embedded_texts
 from evojax_merge.cli import cli
 from evojax_merge.errors import InputError
 from evojax_merge.problem import SearchProblem
@@ -206,6 +208,18 @@ def test_images_are_classified_by_the_texts_of_their_classes(clips: Path, tmp_pa
     target = torch.tensor([("w5", "w6", "w7").index(example.target) for example in chosen])
     expected = float(logits.log_softmax(-1).gather(1, target[:, None]).mean())
     assert scores["named/log_probability"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_siglip_reads_texts_of_one_length(clips: Path, tmp_path: Path) -> None:
+    """As transformers' pipeline of zero-shot classification and the processor of SigLIP 2 pad them."""
+    config = transformers.SiglipConfig(text_config=SMALL | {"max_position_embeddings": 12}, vision_config=CLIP_IMAGE)
+    folder = save(transformers.SiglipModel(config), tmp_path / "siglip", TOKENS)
+    network, texts = open_network(open_module(folder)), ["w5 w6", "w7"]
+    tokens = embedded_texts(network, folder, texts)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = tokenizer(texts, padding="max_length", max_length=12, return_tensors="np")["input_ids"]
+    np.testing.assert_array_equal(tokens["input_ids"], expected)
+    assert embedded_texts(network, folder, ["w5 " * 20])["input_ids"].shape == (1, 12)
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_changed_file_is_another_function(folder: Path) -> None:
     ("function", "source", "said"),
     [
         ("own.py", "", "expected module:name or path/to/file.py:name"),
-        ("other.py:score", "", "other.py: no such file"),
+        ("other.py:score", "", "other.py: no such file, which would be /"),
         ("no_such_module:score", "", "no module 'no_such_module'"),
         ("own.py:scores", "def score(a, b): ...", "no function 'scores' (did you mean 'score'?)"),
         ("own.py:score", "score = 3", "own.py:score is of type int; expected a function"),

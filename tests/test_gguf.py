@@ -397,10 +397,18 @@ def cut(path: Path, nbytes: int) -> None:
         handle.truncate(path.stat().st_size - nbytes)
 
 
+def rename_key(path: Path, key: bytes) -> None:
+    path.write_bytes(path.read_bytes().replace(key, b"x" * len(key), 1))
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "an unknown architecture": (
         lambda path: write_gguf(path, "llama", change=change(general__architecture="starcoder2")),
         ("general.architecture", "starcoder2", "llama"),
+    ),
+    "the second part of three": (
+        lambda path: (write_gguf(path, "llama", change=change(split__count=3)), rename_key(path, b"general.archit")),
+        ("split.count: 3", "llama-gguf-split --merge"),
     ),
     "a truncated tensor": (
         lambda path: (write_gguf(path, "llama"), cut(path, 100)), ("damaged or truncated",),

@@ -140,6 +140,9 @@ def test_verdicts_say_by_how_much_and_whether_it_is_noise():
         "On held-out data the winner is no better than the base: both have 0.5000, rounded (95% interval "
         "-0.1000 to 0.1000)."
     )
+    few = Row("base", "base", 0.49998, {"t/m": 0.49998}, Lead(2e-5, -np.inf, np.inf))
+    sentences = Result(np.zeros(2), 0.9, ("uniform merge", 0.8), [few, *ROWS[1:]], RESULT.report).verdicts()
+    assert sentences[0].startswith("On held-out data the winner is level with the base, 0.5000 to 0.5000: too few")
 
 
 @pytest.mark.parametrize("validated", [False, True])

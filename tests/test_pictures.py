@@ -2,6 +2,7 @@
 refuses."""
 
 import ast
+import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,13 @@ def test_a_picture_of_pillows_has_the_pixels_of_its_file(tmp_path: Path) -> None
     np.testing.assert_array_equal(np.asarray(image.open()), OF_16_BITS)
     with pytest.raises(InputError, match="task: doc_to_image: has pixels of floating-point numbers"):
         images_of("task", "doc_to_image", Image.fromarray(GREY.astype(np.float32)), tmp_path)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_base64_is_a_picture_without_data_before_it(form: str, tmp_path: Path) -> None:
+    content = file_of(COLOURS, form)
+    (image,) = images_of("task", "image", base64.b64encode(content).decode(), tmp_path)
+    assert image.inside == content and image.where == "task: image"
 
 
 def test_a_classifiers_pictures_are_checked_before_models_are_opened(tmp_path: Path) -> None:

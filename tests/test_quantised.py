@@ -180,6 +180,20 @@ def test_weights_are_what_their_numbers_mean(case: str, family: Family, tmp_path
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8, err_msg=name)
 
 
+@pytest.mark.parametrize("case", ["GPTQ", "compressed-tensors, packed"])
+def test_a_text_decoders_own_quantisation_is_read(case: str, family: Family, tmp_path: Path) -> None:
+    """As transformers reads it where a larger model's config has none outside of `text_config`."""
+    values = quantised(family.base, tmp_path / "q", case)
+    edit_json(
+        tmp_path / "q" / "config.json",
+        lambda config: config.update(text_config={"quantization_config": config.pop("quantization_config")}),
+    )
+    folder = open_model(resolve_model("test", str(tmp_path / "q"), Path()))
+    assert folder.config["text_config"] == {}
+    for name, one in values.items():
+        np.testing.assert_allclose(folder.read(name), one, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
 def test_matrices_are_rounded_once_to_the_dtype_that_the_config_names(family: Family, tmp_path: Path) -> None:
     values = quantised(family.base, tmp_path / "q", "GPTQ")
     edit_json(tmp_path / "q" / "config.json", lambda config: config.update(dtype="bfloat16"))

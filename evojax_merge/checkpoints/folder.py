@@ -486,8 +486,9 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
     a safetensors file by itself, which is a model without a config or a tokenizer. dtypes: the dtypes that tensors may
     have, by their names in safetensors.
 
-    Files beside them (another program's weights, an index that a single file has replaced) are ignored. Raises
-    InputError for a folder without safetensors weights, or with several unlisted files.
+    The shards of a variant, such as fp16, are opened where a folder has no others. Files beside them (another program's
+    weights, an index that a single file has replaced) are ignored. Raises InputError for a folder without safetensors
+    weights, or with several unlisted files.
     """
     if path.is_file() and path.suffix == ".safetensors":
         return Folder(path, read_header(path, dtypes))
@@ -501,6 +502,9 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
             return Folder(path, read_header(single, dtypes))
         if index.exists():
             return Folder(path, _open_shards(index, dtypes))
+    variants = [index for stem in STEMS for index in path.glob(f"{stem}.safetensors.index.*.json")]
+    if len(variants) == 1:
+        return Folder(path, _open_shards(variants[0], dtypes))
     winner = path / "best/model"
     if winner.is_dir() and (path / "config.yaml").exists():
         raise InputError(path, f"is a run of a search; its model is {winner}")

@@ -175,15 +175,17 @@ def read_gguf(path: Path) -> GgufModel:
     sizes = {int(kind): block_sizes for kind, block_sizes in gguf.GGML_QUANT_SIZES.items()}
     metadata, places = read_gguf_header(path, sizes)
     architecture, supported = metadata.get("general.architecture"), gguf_architectures()
+    # The parts behind the first have no other keys.
+    parts = metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        raise InputError(
+            path, f"split.count: {shown(parts)}; expected a whole model: join its parts (llama-gguf-split --merge "
+            "FIRST-PART.gguf WHOLE.gguf)",
+        )  # fmt: skip
     if architecture is None:
         raise InputError(path, f"general.architecture: missing; expected one of {', '.join(supported)}")
     if not isinstance(architecture, str) or architecture not in supported:
         raise InputError(path, f"general.architecture: {shown(architecture)}; expected one of {', '.join(supported)}")
-    parts = metadata.get("split.count", 1)
-    if parts not in (0, 1):
-        raise InputError(
-            path, f"split.count: {shown(parts)}; expected a whole model: join its parts (llama-gguf-split --merge)"
-        )
     for number, name in {place.kind: name for name, place in places.items()}.items():
         kind = gguf.GGMLQuantizationType(number)
         try:

@@ -5,15 +5,16 @@ A folder has a `model_index.json`, which names a class for each component, and a
 
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.allowed_classes import COMPONENTS, check_folder, is_kind, library_class
-from evojax_merge.checkpoints.folder import PICKLES, PIPELINE_INDEX, is_float, open_folder
+from evojax_merge.checkpoints.folder import PICKLES, PIPELINE_INDEX, is_float, open_folder, weight_map
 from evojax_merge.checkpoints.hints import wrapper_hint
 from evojax_merge.checkpoints.json_files import read_json, read_json_object
 from evojax_merge.checkpoints.network_checks import check_counts, check_model, check_processor
@@ -214,10 +215,14 @@ def _copy(pipeline: Pipeline, component: str, folder: Path, weights: bool) -> No
         is_weights = file.suffix == ".safetensors" or ".safetensors.index." in file.name
         if weights or not is_weights:
             # A variant is a component's only weights: libraries open them by their plain name.
-            name = file.name.replace(f".{variant}.", ".")
-            target = folder / component / file.relative_to(pipeline.path / component).with_name(name)
+            plain = partial(re.sub, rf"\.{variant}(?=[.-])", "")
+            target = folder / component / file.relative_to(pipeline.path / component).with_name(plain(file.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
+            if target.name != file.name and target.suffix == ".json":
+                places = weight_map(file)
+                index = read_json_object(file, missing={}) | {"weight_map": {k: plain(v) for k, v in places.items()}}
+                target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def choose_components(

@@ -60,9 +60,12 @@ ENDS_OF_PARTS = {
 
 
 def quantisation(path: Path) -> dict[str, Any]:
-    """A model folder's quantisation settings, with `quant_method`; empty without quantisation."""
+    """A model folder's quantisation settings, its own or, as in transformers, its text decoder's, with `quant_method`;
+    empty without quantisation."""
     config = read_json_object(path / "config.json", missing={})
-    in_config = next((config[key] for key in KEYS if isinstance(config.get(key), dict) and config[key]), None)
+    places = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    named = (part[key] for part in places for key in KEYS if isinstance(part.get(key), dict) and part[key])
+    in_config = next(named, None)
     mlx = config.get(OF_MLX)
     if "quant_method" not in (in_config or {}) and isinstance(mlx, dict) and {"bits", "group_size"} <= set(mlx):
         return {**mlx, "quant_method": "mlx"}
@@ -76,8 +79,13 @@ def quantisation(path: Path) -> dict[str, Any]:
 
 def dequantised_config(path: Path) -> dict[str, Any]:
     """A quantised folder's config without its quantisation, for the dequantised model."""
-    config = read_json_object(path / "config.json", missing={})
-    return {key: value for key, value in config.items() if key not in (*KEYS, OF_MLX)}
+
+    def without(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in settings.items() if key not in (*KEYS, OF_MLX)}
+
+    config = without(read_json_object(path / "config.json", missing={}))
+    text = config.get("text_config")
+    return config | ({"text_config": without(text)} if isinstance(text, dict) else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------

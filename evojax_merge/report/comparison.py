@@ -361,8 +361,9 @@ def verdict(winner: Row, row: Row) -> str | None:
     if remark == SAME:
         return f"{start} the same as {name}, example by example: both have {ours:.4f}{_bracketed(unit)}."
     if remark == TOO_FEW:
-        side = "ahead of" if ours > row.fitness else "behind" if ours < row.fitness else "level with"
-        return f"{start} {side} {name}, {ours:.4f} to {row.fitness:.4f}{_bracketed(unit)}: {TOO_FEW} which is better."
+        both = [f"{value:.4f}" for value in (ours, row.fitness)]
+        side = "level with" if both[0] == both[1] else "ahead of" if ours > row.fitness else "behind"
+        return f"{start} {side} {name}, {' to '.join(both)}{_bracketed(unit)}: {TOO_FEW} which is better."
     if ours > row.fitness or not np.isfinite(row.fitness):
         if lead is None:
             return None

@@ -353,7 +353,7 @@ def users_module(where: str, place: str, folder: Path) -> ModuleType:
     if place.endswith(".py"):
         path = (folder / os.path.expanduser(place)).resolve()
         if not os.path.isfile(path):
-            raise InputError(where, f"{place}: no such file")
+            raise InputError(where, f"{place}: no such file, which would be {path}")
         folder, load = path.parent, partial(load_file, path)
     try:
         with importing_from(folder), guard_user_function(place):

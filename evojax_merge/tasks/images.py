@@ -1,4 +1,5 @@
-"""Images of a task's records: `image` or `images`, each a file, a data URI, or the bytes of a column of parquet.
+"""Images of a task's records: `image` or `images`, each a file, a data URI or its base64, or the bytes of a column of
+parquet.
 
 The tokenizer of a model that sees images has two more methods, and `placeholder`, the text in an image's place:
 `expand_images` replaces the placeholders of a text as the model's own processor does, and `number_images` numbers the
@@ -10,6 +11,7 @@ import binascii
 import hashlib
 import io
 import os
+import re
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,7 +34,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 THUMBNAIL = 96
 # A larger file or image is no picture that a model was trained on.
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 64 * 10**6
-EXPECTED = "expected an image: a path from the data file's folder on, a data URI, or {bytes}"
+EXPECTED = "expected an image: a path from the data file's folder on, base64, or {bytes}"
+# The beginnings of PNG, JPEG, WebP and GIF in base64, as records have it without `data:` before it.
+BARE = re.compile("(?:iVBORw0KGgo|/9j/|UklGR|R0lGODl?)[A-Za-z0-9+/]{20}")
 # The end of messages on files that records name outside of the folder.
 ELSEWHERE = "; where the files lie elsewhere, name their folder in the task: images: FOLDER"
 EXTRA = "pip install 'evojax-merge[vision]'"
@@ -120,6 +124,8 @@ def _image(where: str, place: str, value: Any, folder: Path) -> RecordImage:
     if isinstance(value, Mapping):
         content = value.get("bytes")
         value = value.get("path") if content is None else value
+    if isinstance(value, str) and BARE.match(value):
+        value = f"data:;base64,{value}"
     if isinstance(value, str) and value.startswith("data:"):
         head, comma, data = value.partition(",")
         if not comma or not head.endswith(";base64"):

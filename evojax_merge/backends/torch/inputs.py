@@ -157,10 +157,10 @@ def _length(network: Network, folder: Path) -> int | None:
     return min((int(limit) for limit in limits if isinstance(limit, int) and 0 < limit < NO_LENGTH), default=None)
 
 
-def _tokens(tokenizer: Any, texts: list[str], length: int | None) -> dict[str, np.ndarray]:
-    """Tokens of texts, padded to the longest and cut at `length`."""
+def _tokens(tokenizer: Any, texts: list[str], length: int | None, pad_all: bool = False) -> dict[str, np.ndarray]:
+    """Tokens of texts, cut at `length` and padded to the longest, or with `pad_all` to `length`."""
     limit = {} if length is None else {"truncation": True, "max_length": length}
-    padding = tokenizer.pad_token is not None and len(texts) > 1
+    padding: Any = "max_length" if pad_all else tokenizer.pad_token is not None and len(texts) > 1
     with library_errors(tokenizer.name_or_path, "its tokenizer fails on the examples' texts"):
         return dict(tokenizer(texts, padding=padding, return_tensors="np", **limit))
 
@@ -170,7 +170,12 @@ def embedded_texts(network: Network, folder: Path, texts: list[str], role: str =
     may put a prompt of its own."""
     module = network.module
     if not hasattr(module, "encode"):
-        tokens = _tokens(load_tokenizer(folder), texts, _length(network, folder))
+        length = _length(network, folder)
+        # SigLIP's texts end where its positions do: what it embeds is the state of the last, that of padding mostly.
+        ends_alike = network.compares_images and network.name.startswith("Siglip")
+        if ends_alike:
+            length = module.config.text_config.max_position_embeddings
+        tokens = _tokens(load_tokenizer(folder), texts, length, ends_alike)
         return _accepted(network, tokens, str(folder), strict=False)
     prompts = module.prompts or {}
     prompt = prompts.get(role or module.default_prompt_name) or prompts.get(module.default_prompt_name) or ""
