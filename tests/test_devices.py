@@ -272,7 +272,7 @@ class FreshProcess(subprocess.Popen[bytes]):
             super().__init__(command, stdout=stdout, stderr=stderr, env=os.environ | dict(environment))
 
     def read(self, name: str) -> str:
-        """What it has written to `stdout` or `stderr`."""
+        """The text that it has written to `stdout` or `stderr`."""
         return (self._streams / name).read_text(errors="replace")
 
 

@@ -211,7 +211,7 @@ def test_images_are_classified_by_the_texts_of_their_classes(clips: Path, tmp_pa
 
 
 def test_siglip_reads_texts_of_one_length(clips: Path, tmp_path: Path) -> None:
-    """As transformers' pipeline of zero-shot classification and the processor of SigLIP 2 pad them."""
+    """The pipeline of zero-shot classification and the processor of SigLIP 2 pad them to the full length."""
     config = transformers.SiglipConfig(text_config=SMALL | {"max_position_embeddings": 12}, vision_config=CLIP_IMAGE)
     folder = save(transformers.SiglipModel(config), tmp_path / "siglip", TOKENS)
     network, texts = open_network(open_module(folder)), ["w5 w6", "w7"]

@@ -383,7 +383,7 @@ def named_alike(folder: DecoderFolder, expected: DecoderFolder) -> DecoderFolder
 
 
 def with_others_named_alike(folder: DecoderFolder, expected: DecoderFolder) -> DecoderFolder:
-    """As `named_alike`, for the tensors of a larger model outside of its decoder."""
+    """A larger model with the tensors outside of its decoder renamed (see `named_alike`)."""
     return replace(folder, other_modules=_renamed(folder.other_modules, expected.other_modules))
 
 

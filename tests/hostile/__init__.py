@@ -191,7 +191,7 @@ class Running:
         return status
 
     def read(self, name: str) -> str:
-        """What it has written to `stdout` or `stderr`."""
+        """The text that it has written to `stdout` or `stderr`."""
         return (self.streams / name).read_text(errors="replace")
 
 
