@@ -182,7 +182,7 @@ def test_weights_are_what_their_numbers_mean(case: str, family: Family, tmp_path
 
 @pytest.mark.parametrize("case", ["GPTQ", "compressed-tensors, packed"])
 def test_a_text_decoders_own_quantisation_is_read(case: str, family: Family, tmp_path: Path) -> None:
-    """As transformers reads it where a larger model's config has none outside of `text_config`."""
+    """Transformers reads it where a larger model's config has none outside of `text_config`."""
     values = quantised(family.base, tmp_path / "q", case)
     edit_json(
         tmp_path / "q" / "config.json",

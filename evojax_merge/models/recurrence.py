@@ -295,8 +295,8 @@ def _row_chunk(carry: Carry, operands: Any) -> tuple[Carry, jax.Array]:
             return jnp.where(with_current[:, None, None, :, None], _read(current, x), _read(shared, x))
 
         # Most chunks lie within one sequence.
-        read: jax.Array = jax.lax.cond(goes_on.all(), lambda: _read(current, x), of_both)
-        return read
+        products: jax.Array = jax.lax.cond(goes_on.all(), lambda: _read(current, x), of_both)
+        return products
 
     out, updates = _chunk(query, key, value, pairs, read)
 

@@ -330,6 +330,7 @@ def frame_values(frames: Frames) -> dict[str, Any]:
 
 
 def importance_chart(importance: Mapping[str, float]) -> Spec:
+    """The first 20 parameters with their rank correlations."""
     shown = dict(list(importance.items())[:20])
     base = _named("parameter", list(shown), 170, correlation=list(shown.values()))
     bars = base.mark_bar(height=9, cornerRadius=2).encode(

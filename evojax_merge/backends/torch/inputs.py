@@ -172,10 +172,10 @@ def embedded_texts(network: Network, folder: Path, texts: list[str], role: str =
     if not hasattr(module, "encode"):
         length = _length(network, folder)
         # SigLIP's texts end where its positions do: what it embeds is the state of the last, that of padding mostly.
-        ends_alike = network.compares_images and network.name.startswith("Siglip")
-        if ends_alike:
+        pad_all = network.compares_images and network.name.startswith("Siglip")
+        if pad_all:
             length = module.config.text_config.max_position_embeddings
-        tokens = _tokens(load_tokenizer(folder), texts, length, ends_alike)
+        tokens = _tokens(load_tokenizer(folder), texts, length, pad_all)
         return _accepted(network, tokens, str(folder), strict=False)
     prompts = module.prompts or {}
     prompt = prompts.get(role or module.default_prompt_name) or prompts.get(module.default_prompt_name) or ""
