@@ -16,7 +16,7 @@ import torch
 from helpers.commands import command, run_here
 from helpers.files import edit_json, read_json, write_yaml
 from helpers.models import save, words
-from helpers.sampling import thorough
+from helpers.sampling import sample, thorough
 from helpers.searches import seeing_search
 from hostile import start_command
 from reference.vision_models import (
@@ -259,8 +259,7 @@ def save_text_model(kind: str, folder: Path, seed: int, **changes: Any) -> None:
     save(AutoModelForCausalLM.from_config(config).float(), folder, tokens)
 
 
-@thorough
-@pytest.mark.parametrize("kind", TEXT_MODELS)
+@pytest.mark.parametrize("kind", sample(TEXT_MODELS, 1))
 def test_a_text_model_merges_into_the_decoder(kind: str, tmp_path: Path) -> None:
     root = write_family(tmp_path, kind)
     for name, seed in (("text", 1), ("japanese", 2)):

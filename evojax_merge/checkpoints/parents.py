@@ -63,6 +63,8 @@ HEADS = (
 )  # fmt: skip
 _EMBEDDINGS, _HEADS = (tuple(f".{name}" for name in names) for names in (EMBEDDINGS, HEADS))
 OpenDecoder = Callable[[Folder], DecoderFolder]
+# The field of a config that the text decoders of models with M-RoPE have, and text models have empty.
+AXES = "rope_axes"
 
 
 @dataclass(frozen=True)
@@ -341,7 +343,7 @@ def as_decoder_of(config: DecoderConfig, larger: DecoderConfig) -> DecoderConfig
     its other settings of images."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     # Where tokens stand and how far they see: the text model may have a longer context, say.
-    names = ["architecture", *(name for name, value in values.items() if isinstance(value, RopeConfig))]
+    names = ["architecture", *(name for name, value in values.items() if isinstance(value, RopeConfig) or name == AXES)]
     if config.layers == larger.layers:
         names += ["windows", "position_kinds"]
     return replace(larger, **values | {name: getattr(larger, name) for name in names})
@@ -352,7 +354,9 @@ def position_notes(folders: Sequence[DecoderFolder]) -> tuple[str, ...]:
     agree."""
     paths: dict[str, list[str]] = {}
     for folder, config in zip(folders, decoder_configs(folders), strict=True):
-        name, value, used = next(_differences(folder.decoder_config(), config), ("", None, None))
+        # The axes of M-RoPE change no position of a text.
+        differences = (each for each in _differences(folder.decoder_config(), config) if each[0] != AXES)
+        name, value, used = next(differences, ("", None, None))
         if name:
             paths.setdefault(f"{name} is {shown(value)}, and {shown(used)}", []).append(str(folder.path))
     larger = next((folder.path for folder in folders if folder.is_part), None)
