@@ -977,7 +977,10 @@ def test_the_question_of_a_closed_page_goes_to_the_next_at_once(tmp_path: Path) 
         assert {left["left"], left["right"]} == {question("bob")["left"], question("bob")["right"]}
 
 
-def test_links_to_the_page_stay_good_and_it_says_when_the_search_has_ended(tmp_path: Path) -> None:
+def test_links_to_the_page_stay_good_and_it_says_when_the_search_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "FAREWELL", 1.5)
     one = waiting_ballot(tmp_path)
 
     def wait_for_the_end(address: str) -> None:

@@ -41,7 +41,10 @@ from evojax_merge.checkpoints.folder import MappedFile
 from evojax_merge.evaluation.devices import init_distributed, local_devices
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.steps.selection import open_evaluator
+from evojax_merge.system import without_torch
 
+# As commands do: torch and torchvision take longer to import than all the rest.
+without_torch.is_command = True
 if processes > 1:
     init_distributed()
 path, out = Path(sys.argv[1]), sys.argv[2]

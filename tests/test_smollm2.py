@@ -199,6 +199,7 @@ def torch_greedy(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[list[s
     return tokenizer.batch_decode(new, skip_special_tokens=True), list(rows)
 
 
+@thorough
 def test_it_answers_a_question_in_its_chat_format(written: list[tuple[list[int], list[int]]], tokenizer: Any) -> None:
     *_, (_, answer) = written
     # It ends by itself.
