@@ -67,16 +67,17 @@ QUICKLY_COMPILED = {
     for name in (
         "account", "adapters", "advice", "agreement", "api", "api_misuse", "architecture_seam", "architectures", "auto",
         "backend_seam", "bad_input", "bench", "calibration", "cards", "chat", "controls", "data_flow", "data_versions",
-        "defaults", "devices", "diffusion", "docs", "embeddings", "entropy", "evaluator", "example_choice", "exported_networks", "extract_lora",
-        "families", "fp4", "frames", "fronts", "full_disks", "function", "generate", "gguf_out", "goals", "gradients", "gsm",
-        "harness", "host_memory", "hostile", "hybrid_configs", "hybrid_searches", "init", "inspect", "judge",
-        "launching", "long_rows", "longrope", "loops", "m2n2_bench", "mergekit_evolve", "mergekit_suite", "method_seam",
-        "mixture_space", "mixtures", "moe", "monitor", "networks", "notebook", "page", "parent_groups", "path_ga",
-        "path_gradients", "plugin_files", "plugins", "pool", "projector", "publish", "pytrees", "qwen_vl", "racing",
-        "recurrence", "remote", "reproduce", "reproducible", "resolved_configs", "run_folder", "sampling", "search",
-        "secrets", "shared_hosts", "showcases", "spaces", "spectra", "stopping", "strategies", "strategies_bench", "strategy_seam",
-        "streaming", "study", "study_spaces", "task_seam", "terminal", "text_decoders", "time", "tokens",
-        "torch_backend", "torture", "transplants", "validation", "vision", "vision_harness", "votes", "zoo",
+        "defaults", "devices", "diffusion", "docs", "embeddings", "entropy", "evaluator", "example_choice",
+        "exported_networks", "extract_lora", "families", "fp4", "frames", "fronts", "full_disks", "function",
+        "generate", "gguf_out", "goals", "gradients", "gsm", "harness", "host_memory", "hostile", "hybrid_configs",
+        "hybrid_searches", "init", "inspect", "judge", "launching", "long_rows", "longrope", "loops", "m2n2_bench",
+        "mergekit_evolve", "mergekit_suite", "method_seam", "mixture_space", "mixtures", "moe", "monitor", "networks",
+        "notebook", "page", "parent_groups", "path_ga", "path_gradients", "plugin_files", "plugins", "pool",
+        "projector", "publish", "pytrees", "qwen_vl", "racing", "recurrence", "remote", "reproduce", "reproducible",
+        "resolved_configs", "run_folder", "sampling", "search", "secrets", "shared_hosts", "showcases", "spaces",
+        "spectra", "stopping", "strategies", "strategies_bench", "strategy_seam", "streaming", "study", "study_spaces",
+        "task_seam", "terminal", "text_decoders", "time", "tokens", "torch_backend", "torture", "transplants",
+        "validation", "vision", "vision_harness", "votes", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"
