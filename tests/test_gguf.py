@@ -26,20 +26,21 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
 )
 
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.decoder_folder import decoder_of
-from evojax_merge.checkpoints.derived import SOURCES, TENSORS, open_model, resolve_model
+from evojax_merge.checkpoints.derived import SOURCES, TENSORS, input_files, open_model, reference_to, resolve_model
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.cli_parts import WRONG_INPUT
 from evojax_merge.errors import InputError
 
 VOCAB = 320
-GEMMA = ("gemma2", "gemma3")
+GEMMA = ("gemma", "gemma2", "gemma3")
 # Mixtures of experts, by what transformers calls them; the architecture of Mixtral's files is that of Llama's.
 MIXTURES = {"mixtral": "mixtral", "early mixtral": "mixtral", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 EXPERTS = 3
@@ -79,9 +80,10 @@ def write_gguf(
     kind: Any = KIND.F32,
     change: Callable[[dict[str, Any]], None] = lambda metadata: None,
     without: str = "",
+    tensors_per_part: int = 0,
 ) -> Any:
-    """A GGUF file of a random model, by the package's writer, which leaves out the tensor `without`; the torch model,
-    which is saved beside it as `written`."""
+    """A GGUF file of a random model, by the package's writer, which leaves out the tensor `without` and splits the file
+    into parts of so many tensors; the torch model, which is saved beside it as `written`."""
     sizes = {
         "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": family in ("llama", *GEMMA),
@@ -104,7 +106,7 @@ def write_gguf(
     metadata |= own_metadata(family, config)
     if family.startswith("phi3"):
         del metadata["attention.key_length"]
-    if family in GEMMA:
+    if family in ("gemma2", "gemma3"):
         metadata["attention.sliding_window"] = config.sliding_window
     if family == "gemma2":
         metadata |= {"attn_logit_softcapping": 40.0, "final_logit_softcapping": 20.0}
@@ -115,7 +117,9 @@ def write_gguf(
         "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.padding_token_id": 1, "tokenizer.ggml.add_bos_token": True,
     }  # fmt: skip
     change(metadata)
-    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", architecture))
+    writer = gguf.GGUFWriter(
+        path, metadata.pop("general.architecture", architecture), split_max_tensors=tensors_per_part
+    )
     for key, value in metadata.items():
         _add(writer, key, value)
     for name, values in file_tensors(family, architecture, config, state(path.parent / "written")).items():
@@ -206,6 +210,8 @@ def config_of(family: str, sizes: dict[str, Any]) -> Any:
 
 
 def gemma_config(family: str, sizes: dict[str, Any]) -> Any:
+    if family == "gemma":
+        return GemmaConfig(**sizes, max_position_embeddings=96)
     common = {**sizes, "sliding_window": 12, "query_pre_attn_scalar": 32, "max_position_embeddings": 96}
     if family == "gemma2":
         return Gemma2Config(**common, attn_logit_softcapping=40.0, final_logit_softcapping=20.0)
@@ -259,7 +265,7 @@ def test_a_gguf_file_is_the_model_that_was_written(family: str, kind: Any, tmp_p
     assert config == decoder_config(tmp_path / "written" / "config.json")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", *GEMMA, "qwen2moe", "qwen3moe", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", *GEMMA[1:], "qwen2moe", "qwen3moe", "phi3"])
 def test_transformers_reads_the_same_weights(family: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", family, KIND.Q8_0)
     # It does not read the widths of experts.
@@ -273,6 +279,25 @@ def test_transformers_reads_the_same_weights(family: str, tmp_path: Path) -> Non
     assert set(folder.entries) == set(expected.entries)
     for name in folder.entries:
         np.testing.assert_array_equal(folder.read(name), expected.read(name), err_msg=name)
+
+
+def test_a_split_model_is_read_by_its_first_part(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "llama", KIND.Q8_0)
+    write_gguf(tmp_path / "tiny.gguf", "llama", KIND.Q8_0, tensors_per_part=8)
+    parts = [tmp_path / f"tiny-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    folder, whole = (resolve_model("test", str(tmp_path / name), Path()) for name in (parts[0].name, "tiny.gguf"))
+    assert reference_to(folder) == str(parts[0]) and set(parts) <= input_files(folder)
+    for name, tensor in open_model(whole).entries.items():
+        np.testing.assert_array_equal(open_model(folder).read(name), tensor.read(), err_msg=name)
+    shutil.copy(parts[0], parts[2])
+    with pytest.raises(InputError, match=r"tiny-00003-of-00003\.gguf: holds the tensor '.+', which a part before it"):
+        resolve_model("test", str(parts[0]), Path())
+    parts[2].unlink()
+    with pytest.raises(InputError, match=r"tiny-00003-of-00003\.gguf: is missing"):
+        open_model(folder)
+    for part in parts[:2]:
+        with pytest.raises(InputError, match=r"split\.count: 3, of which . could be read; expected all in"):
+            resolve_model("test", str(part), Path())
 
 
 def test_its_tokenizer_is_the_one_that_the_file_was_written_with(tmp_path: Path) -> None:
@@ -408,7 +433,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "the second part of three": (
         lambda path: (write_gguf(path, "llama", change=change(split__count=3)), rename_key(path, b"general.archit")),
-        ("split.count: 3", "llama-gguf-split --merge"),
+        ("split.count: 3", "the first, which ends in -00001-of-0000N.gguf"),
     ),
     "a truncated tensor": (
         lambda path: (write_gguf(path, "llama"), cut(path, 100)), ("damaged or truncated",),

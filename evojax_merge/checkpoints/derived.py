@@ -35,6 +35,7 @@ from evojax_merge.checkpoints.generator_lora import lora_file, open_with_lora, w
 from evojax_merge.checkpoints.gguf_file import (
     SUFFIX,
     TENSORS,
+    gguf_files,
     named_tensors,
     open_gguf,
     read_gguf,
@@ -58,7 +59,7 @@ from evojax_merge.system.file_system import atomic_folder, remove_file, remove_l
 
 SOURCES = "evojax_merge_sources.json"
 # The version of these folders' content: every change of the content increases it.
-VERSION = 5
+VERSION = 6
 EMPTY: Mapping[str, Path] = MappingProxyType({})
 SAFETENSORS = ".safetensors"
 
@@ -165,7 +166,7 @@ def input_files(path: Path) -> set[Path]:
     parts, patterns = parts_of(path), ("*.safetensors", "chat_templates/*.jinja")
     files = {part / name for part in parts for name in names if (part / name).is_file()}
     files |= {file for part in parts for pattern in patterns for file in part.glob(pattern)}
-    return files | {part for part in parts if part.is_file()}
+    return files | {file for part in parts if part.is_file() for file in gguf_files(part)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -368,9 +369,8 @@ def _as_folder(model: Path) -> Path:
             write_tokenizer(file, folder)
             write_tensor_table(named_tensors(file, folder / "config.json"), folder)
 
-        state = model.stat()
-        sources = ModelSources("gguf", (str(model),))
-        return _stand_in(sources, model.stem, [state.st_size, state.st_mtime_ns], write_gguf)
+        state = [number for file in map(Path.stat, gguf_files(model)) for number in (file.st_size, file.st_mtime_ns)]
+        return _stand_in(ModelSources("gguf", (str(model),)), model.stem, state, write_gguf)
     method = quantisation(model).get("quant_method")
     if not isinstance(method, str) or method not in QUANTISED:
         # Checked before the tensors are read, which may have dtypes that only the quantisation's method explains.

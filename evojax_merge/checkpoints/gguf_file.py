@@ -48,6 +48,8 @@ SUFFIX = ".gguf"
 TENSORS = "evojax_merge_tensors.json"
 # The numbers of a `GgufTensor` that it holds.
 NUMBERS = ("kind", "start", "stop", "heads", "offset")
+# The first file of a model that llama-gguf-split has split.
+FIRST_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")
 # A part of the names of routers and of the gates of shared experts, which files store in float32 beside matrices of any
 # type.
 ROUTER = ".ffn_gate_inp"
@@ -168,24 +170,41 @@ def import_gguf(where: object) -> Any:
     return gguf
 
 
+def gguf_files(path: Path) -> list[Path]:
+    """The files of the model in a GGUF file: the file alone, or, for the first part of a split model, the parts that
+    lie beside each other."""
+    match = FIRST_PART.fullmatch(path.name)
+    count = int(match[2]) if match else 0
+    parts = [path.with_name(f"{match[1]}-{i:05}-of-{match[2]}{SUFFIX}") for i in range(2, count + 1)] if match else []
+    return [path, *(part for part in parts if part.is_file())]
+
+
 def read_gguf(path: Path) -> GgufModel:
-    """Read a GGUF file's header, and no tensor. Raises InputError where the file is damaged or truncated, or its family
-    is not supported."""
+    """Read the header of a GGUF file, or of all parts of a split model by its first one, and no tensor. Raises
+    InputError where a file is damaged, truncated or missing, or its family is not supported."""
     gguf = import_gguf(path)
     sizes = {int(kind): block_sizes for kind, block_sizes in gguf.GGML_QUANT_SIZES.items()}
+    files = gguf_files(path)
     metadata, places = read_gguf_header(path, sizes)
     architecture, supported = metadata.get("general.architecture"), gguf_architectures()
     # The parts behind the first have no other keys.
-    parts = metadata.get("split.count", 1)
-    if parts not in (0, 1):
+    parts = metadata.get("split.count", 1) or 1
+    if parts != len(files):
         raise InputError(
-            path, f"split.count: {shown(parts)}; expected a whole model: join its parts (llama-gguf-split --merge "
-            "FIRST-PART.gguf WHOLE.gguf)",
+            path, f"split.count: {shown(parts)}, of which {len(files)} could be read; expected all in one folder, "
+            "and the name of the first, which ends in -00001-of-0000N.gguf",
         )  # fmt: skip
     if architecture is None:
         raise InputError(path, f"general.architecture: missing; expected one of {', '.join(supported)}")
     if not isinstance(architecture, str) or architecture not in supported:
         raise InputError(path, f"general.architecture: {shown(architecture)}; expected one of {', '.join(supported)}")
+    mapped = dict.fromkeys(places, MappedFile(path))
+    for part in files[1:]:
+        _, more = read_gguf_header(part, sizes)
+        if twice := places.keys() & more:
+            raise InputError(part, f"holds the tensor {shown(min(twice))}, which a part before it has; damaged?")
+        places |= more
+        mapped |= dict.fromkeys(more, MappedFile(part))
     for number, name in {place.kind: name for name, place in places.items()}.items():
         kind = gguf.GGMLQuantizationType(number)
         try:
@@ -203,9 +222,10 @@ def read_gguf(path: Path) -> GgufModel:
     # One dtype for all matrices: a quantised value is a product and a sum of halves, which no shorter float holds.
     halves = {kind_of.F16: np.dtype(np.float16), kind_of.BF16: np.dtype(ml_dtypes.bfloat16)}
     dtype = halves.get(next(iter(kinds)), single) if len(kinds) == 1 else single
-    mapped = MappedFile(path)
     tensors = {
-        name: GgufTensor(mapped, dtype if is_matrix(name) else single, place.shape, place.start, place.stop, place.kind)
+        name: GgufTensor(
+            mapped[name], dtype if is_matrix(name) else single, place.shape, place.start, place.stop, place.kind
+        )
         for name, place in places.items()
     }
     return GgufModel(path, metadata, tensors)
@@ -386,7 +406,7 @@ def named_tensors(file: GgufModel, config: Path) -> dict[str, GgufTensor]:
     extra = [name for name in file.tensors if name not in used and name not in file.form.setting_tensors]
     if extra:
         raise InputError(file.path, f"holds a tensor that its architecture does not have: {extra[0]}")
-    return dict(sorted(tensors.items(), key=lambda item: item[1].start))
+    return dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)))
 
 
 def tensor_names(
@@ -464,19 +484,32 @@ def _named(
 def write_tensor_table(tensors: Mapping[str, GgufTensor], folder: Path) -> None:
     """Write the positions of a GGUF file's tensors into the folder that stands for the file."""
     table = {
-        name: {"dtype": str(tensor.dtype), "shape": tensor.shape, **{key: getattr(tensor, key) for key in NUMBERS}}
+        name: {
+            "file": tensor.file.name,
+            "dtype": str(tensor.dtype),
+            "shape": tensor.shape,
+            **{key: getattr(tensor, key) for key in NUMBERS},
+        }
         for name, tensor in tensors.items()
     }
     (folder / TENSORS).write_text(json.dumps(table) + "\n", encoding="utf-8")
 
 
 def open_gguf(path: Path, file: Path) -> Folder:
-    """The tensors of the GGUF file that the folder `path` stands for. Raises InputError where the file is gone."""
-    if not file.is_file():
-        raise InputError(file, "is missing; expected a GGUF file")
-    table, mapped = read_json_object(path / TENSORS, missing={}), MappedFile(file)
+    """The tensors of the GGUF file, or of a split model's parts, that the folder `path` stands for. Raises InputError
+    where one of them is gone."""
+    table = read_json_object(path / TENSORS, missing={})
+    mapped = {name: MappedFile(file.with_name(name)) for name in {row["file"] for row in table.values()}}
+    for part in (file, *(handle.path for handle in mapped.values())):
+        if not part.is_file():
+            raise InputError(part, "is missing; expected a GGUF file")
     tensors = {
-        name: GgufTensor(mapped, FLOAT_DTYPES[row["dtype"]], tuple(row["shape"]), **{key: row[key] for key in NUMBERS})
+        name: GgufTensor(
+            mapped[row["file"]],
+            FLOAT_DTYPES[row["dtype"]],
+            tuple(row["shape"]),
+            **{key: row[key] for key in NUMBERS},
+        )
         for name, row in table.items()
     }
     return Folder(path, tensors)

@@ -6,6 +6,7 @@ from functools import partial
 from evojax_merge.models.config_keys import OFF, SWITCH
 from evojax_merge.models.families.gemma_like import embed
 from evojax_merge.models.families.llama_like import BIASES, llama_like, read_config
+from evojax_merge.models.families.llama_like_gguf import llama_like_gguf
 
 GEMMA = llama_like(
     "gemma",
@@ -14,4 +15,5 @@ GEMMA = llama_like(
     partial(read_config, "gemma", keys=BIASES, norm="rms_float32", norm_offset=1.0),
     defaults={"tie_word_embeddings": True},
     embed=embed,
+    gguf=llama_like_gguf("gemma", norm_offset=1.0),
 )
