@@ -332,6 +332,13 @@ def test_words_are_split_and_tokens_found_as_the_file_says(pre: str, tmp_path: P
     assert (len(tokenizer("qqq", add_special_tokens=False)["input_ids"]) == 1) == whole
 
 
+def test_a_token_that_a_file_does_not_name_is_none_in_the_config(tmp_path: Path) -> None:
+    """Phi-3's class pads with token 32,000, which smaller vocabularies lack: transformers would not load the model."""
+    write_gguf(tmp_path / "tiny.gguf", "phi3", change=lambda keys: keys.pop("tokenizer.ggml.padding_token_id"))
+    folder = resolve_model("test", str(tmp_path / "tiny.gguf"), Path())
+    assert AutoConfig.from_pretrained(folder).pad_token_id is None
+
+
 @pytest.mark.parametrize(("layers", "scale"), [(46, 64 // 4), (26, 32)])
 def test_the_largest_gemma_scales_its_queries_otherwise(layers: int, scale: int, tmp_path: Path) -> None:
     from evojax_merge.checkpoints.gguf_file import read_gguf, write_config

@@ -246,8 +246,8 @@ def write_config(file: GgufModel, folder: Path) -> None:
     read = file.form.read_settings(file)
     settings = {key: value for key, value in read.items() if key in architecture.keys}
     settings |= {"dtype": str(file.embedding.dtype)}
+    # None where the file names no token: the defaults of a class are other vocabularies' tokens.
     ends = {f"{name}_token_id": file.special_ids.get(name) for name in ("bos", "eos", "pad")}
-    ends = {key: number for key, number in ends.items() if number is not None}
     name = architecture.config_class
     try:
         if name is None:
