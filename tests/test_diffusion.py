@@ -127,6 +127,26 @@ def test_a_file_stays_a_file_with_its_keys_dtypes_and_metadata(dtype: Any, tmp_p
             assert result.get_slice(key).get_dtype() == first.get_slice(key).get_dtype()
 
 
+def test_a_file_is_merged_into_a_folder_and_where_another_has_fewer_tensors_if_the_recipe_says_so(
+    tmp_path: Path,
+) -> None:
+    files = [save_file_of("sd1", k, tmp_path / f"{k}.safetensors") for k in range(2)]
+    recipe = linear(files, [0.5, 0.5])
+    for name in ("out.safetensors", "out.ckpt"):
+        with pytest.raises(InputError, match=r"and a folder is written \(with model\.safetensors in it\)"):
+            merged(recipe, tmp_path / name)
+    with pytest.raises(InputError, match=r"has no config\.json; a GGUF file is made of language models"):
+        merged(recipe, tmp_path / "out.gguf")
+    lacking = load_file(files[1])
+    missing = next(name for name in lacking if name.startswith("first_stage_model."))
+    save_file({name: values for name, values in lacking.items() if name != missing}, files[1])
+    with pytest.raises(InputError, match=r"the same tensors as .*; expected the same, or on_mismatch: first"):
+        merged(recipe, tmp_path / "out")
+    merged(recipe | {"on_mismatch": "first"}, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_array_equal(written[missing], load_file(files[0])[missing])
+
+
 def test_recipes_set_values_by_block(tmp_path: Path) -> None:
     """A filter that is a block's name means that block alone, and a gradient goes over the numbered blocks."""
     for kind, wanted, within in (("sd1", "OUT11", "output_blocks.11"), ("flux", "double_blocks.1", "double_blocks.1.")):

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
+from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE, PICKLES, SINGLE_FILE
 from evojax_merge.checkpoints.quantised import FP8
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.errors import InputError
@@ -101,8 +101,10 @@ def check_output(target: Path, keep: Sequence[Path]) -> None:
 def check_new_model(target: Path, overwrite: bool, keep: Sequence[Path]) -> None:
     """Raises InputError where a model must not be written to `target`. The message suggests --overwrite for a folder
     that it would replace, and for no other. keep: see `check_output`."""
-    if target.suffix.lower() == ".gguf":
-        raise InputError(target, "is the name of a GGUF file, and a folder is written; choose a name of a folder")
+    suffix = target.suffix.lower()
+    if suffix in (".gguf", ".npz", ".safetensors", *PICKLES):
+        what = f"is the name of a {suffix[1:].upper() if suffix == '.gguf' else suffix} file, and a folder is written"
+        raise InputError(target, f"{what} (with model.safetensors in it); choose a name of a folder")
     if os.path.isdir(target):
         check_output(target, keep)
     check_free(target, overwrite)

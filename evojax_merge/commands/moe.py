@@ -9,7 +9,8 @@ from evojax_merge.checkpoints.derived import ignored_revisions, split_reference
 from evojax_merge.checkpoints.references import local_path
 from evojax_merge.checkpoints.writer import check_new_model, check_output, require_space
 from evojax_merge.commands.merge import MergeOptions, parts_of_runs
-from evojax_merge.errors import print_warning
+from evojax_merge.errors import InputError, print_warning
+from evojax_merge.mergekit.as_gguf import is_gguf_name
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.mixtures import parse_mixture, plan_mixture
 from evojax_merge.mergekit.write import dump_yaml
@@ -49,6 +50,11 @@ def write_mixture(
     parts = [part for name in references for part in split_reference(name, lambda _: False)]
     local = [place for part in parts if part and (place := local_path(part, path.parent)) is not None]
     keep = [*keep, *local, *([path] if isinstance(recipe, Path) else []), *parts_of_runs(out)]
+    if is_gguf_name(out):
+        raise InputError(
+            out, "a mixture is written as a folder; choose a folder's name, and `evojax-merge merge` makes a GGUF file "
+            "of that folder (merge_method: passthrough, models: [{model: FOLDER}])",
+        )  # fmt: skip
     check_new_model(out, options.overwrite, keep)
     plan = plan_mixture(path, parsed, text, resolve_reference, path.parent, options, allow_same)
     for line in (*ignored, *ignored_revisions(references, path.parent), *plan.warnings):

@@ -58,6 +58,8 @@ def plan_gguf(merge_plan: MergePlan, target: Path, type_name: str | None) -> Ggu
     """Plan the GGUF file of a merge. type_name: None: the type of the merge's dtype. Raises InputError for a model that
     GGUF files cannot express, and for an unknown type."""
     leader, recipe = merge_plan.leader, merge_plan.recipe
+    if not merge_plan.config:
+        raise InputError(leader.path, "has no config.json; a GGUF file is made of language models: choose a folder")
     if type_name is None:
         largest = max(merge_plan.rows, key=lambda row: merge_plan.specs[row.name].nbytes)
         type_name = TYPES[str(merge_plan.specs[largest.name].dtype)]

@@ -261,7 +261,10 @@ def _check_same_tensors(recipe: RecipeFile, sources: Sources, layouts: list[Layo
         if differing:
             listed = ", ".join(differing[:10])
             more = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
-            raise InputError(folder.path, f"does not hold the same tensors as {first}: {listed}{more}")
+            raise InputError(
+                folder.path, f"does not hold the same tensors as {first}: {listed}{more}; expected the same, or "
+                "on_mismatch: first (or skip) in the recipe, which takes those of the first model",
+            )  # fmt: skip
 
 
 def check_inputs(recipe: RecipeFile, sources: Sources, tensor_plan: TensorPlan) -> None:

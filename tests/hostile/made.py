@@ -68,7 +68,7 @@ LAYER = {"experts": [0, 1], "scale": [1, 1], "bias": [0, 0]}
 GENERATION = "base/generation_config.json"
 MIXTURES = [
     mixture("as it should be", moe(), status=0, leaves=("out",)),
-    mixture("the name of a GGUF file", moe(out="out.gguf"), "out.gguf: is the name of a GGUF file"),
+    mixture("the name of a GGUF file", moe(out="out.gguf"), "out.gguf: a mixture is written as a folder"),
     mixture("settings of generation that are garbage", moe(text(GENERATION, "{")), GENERATION, "not valid JSON"),
     mixture("settings of generation that are a pipe", moe(pipe(GENERATION)), GENERATION, "a pipe"),
     mixture("numbers beyond float16", moe(values(UP, 1e6), dtype="float16"), "one/model", "layers.1", "in float16"),
