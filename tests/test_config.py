@@ -195,6 +195,7 @@ def test_a_misspelt_key_is_named_before_a_missing_one() -> None:
     for document, says in (
         ({"serach": {}}, "serach: unknown key (did you mean 'search'?)"),
         ({"search": {"genrations": 5}}, "search.genrations: unknown key (did you mean 'generations'?)"),
+        ({"search": {"seed": 5}}, "search.seed: unknown key (did you mean 'seed', outside of search?)"),
         ({"serach": {}, "taks": []}, "taks: unknown key (did you mean 'tasks'?)"),
         ({"nothing_like_it": 1}, "tasks: missing"),
     ):

@@ -211,14 +211,14 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     key, annotation, metadata, value = _find(schema, location, document)
     if kind in ("extra_forbidden", "invalid_key"):
         fields = _fields(schema, location[:-1], document)
-        # The key of a section beside it, such as search.generations.
+        # The key of a section beside it, such as search.generations, or one of the document, such as seed.
         outer, dot, last = key.rpartition(".")
         sections = {name: _parts(field.annotation)[0] for name, field in fields.items()}
         meant = [
             f" (did you mean '{outer}{dot}{name}.{last}'?)"
             for name, section in sections.items()
             if isinstance(section, type) and issubclass(section, BaseModel) and last in section.model_fields
-        ]
+        ] + [f" (did you mean '{last}', outside of {outer}?)"] * bool(outer and last in schema.model_fields)
         return f"{key}: unknown key{meant[0] if len(meant) == 1 else did_you_mean(str(location[-1]), fields)}"
     if kind == "missing":
         return f"{key}: missing"
