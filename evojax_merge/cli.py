@@ -527,9 +527,11 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     # A character that the terminal's encoding lacks is escaped and must not end the program.
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, interrupts.lasting(stream))
     try:
         status = run(lambda: cli.main(standalone_mode=False))
     except PeerLostError as error:

@@ -3,9 +3,13 @@
 import io
 import json
 import logging
+import os
+import pty
 import re
+import signal
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +174,25 @@ def test_json_is_a_line_for_each_generation_and_nothing_else(config: Path) -> No
     # The generations of this process alone.
     more = search(config, *untraced, "--resume", "--set", "search.generations=4", run=run_command)
     assert [json.loads(line)["generation"] for line in more.stdout.splitlines()] == [4]
+
+
+@pytest.mark.parametrize(("disowned", "status"), [(True, 0), (False, 130)])
+def test_a_search_survives_its_terminal(disowned: bool, status: int, config: Path) -> None:
+    """Its window closes in a search: the search goes on where its shell has disowned it, and stops with its generations
+    saved where it has not."""
+    options = ["--out", str(config.parent / "run"), "--set", "search.generations=300"]
+    child, terminal = pty.fork()
+    if not child:
+        if disowned:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.execv(sys.executable, [sys.executable, "-m", "evojax_merge", "search", str(config), *options])
+    shown = b""
+    while b"/300" not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+    is_interrupted = logged_lines(config.parent / "run")[-1] == "interrupted"
+    assert is_interrupted != disowned and (config.parent / "run" / "result.json").exists() == disowned
 
 
 def test_quiet_prints_nothing_and_errors_are_lines(config: Path) -> None:

@@ -10,13 +10,15 @@ the top.
 """
 
 import _thread
+import errno
 import gc
+import io
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -27,6 +29,28 @@ INTERRUPTED = 130
 SILENT, UNWINDING = 1.0, 10.0
 # After how many seconds a signal comes again that came where an exception would be lost.
 LATER = 0.02
+
+
+class Terminal(io.FileIO):
+    """A terminal that drops all text after its window was closed. The search of a shell that has gone (`disown`) goes
+    on, and an interrupted one saves its state: each write to such a terminal fails."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
+def lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """A stream that outlives its terminal, in place of one to a terminal; any other stream itself."""
+    if not stream.isatty():
+        return stream
+    terminal = Terminal(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(terminal), stream.encoding, stream.errors, line_buffering=True)
+
 
 _received = False
 # The signal that is to come again; None: none is.
@@ -66,7 +90,7 @@ def end_at_once(status: int, message: str = "") -> None:
     """From here on a signal ends the process with this status, and this message on stderr."""
 
     def end(number: int, frame: Any) -> NoReturn:
-        os.write(2, message.encode(errors="replace"))
+        _say(message)
         os._exit(status)
 
     _forget_postponed()
@@ -135,11 +159,11 @@ def ending_within(seconds: float, last_words: Callable[[], str]) -> Iterator[Non
             _has_come = True
             if ended.wait(min(SILENT, seconds)):
                 break
-            os.write(2, b"stopping \xe2\x80\xa6\n")
+            _say("stopping …\n")
             is_seen = ended.wait(max(0.0, seconds - SILENT)) or _received or _handled != handled
             is_left = is_seen and (ended.wait(UNWINDING) or not _received)
             if not is_left:
-                os.write(2, f"{last_words()}interrupted\n".encode(errors="replace"))
+                _say(f"{last_words()}interrupted\n")
                 os._exit(INTERRUPTED)
             handled = _handled
         os.close(reading)
@@ -153,6 +177,11 @@ def ending_within(seconds: float, last_words: Callable[[], str]) -> Iterator[Non
         ended.set()
         signal.set_wakeup_fd(before)
         os.close(writing)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal has gone
+        os.write(2, text.encode(errors="replace"))
 
 
 def _count() -> None:
