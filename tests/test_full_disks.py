@@ -18,6 +18,7 @@ from helpers.files import read_json, read_lines, write_lines, write_yaml
 from helpers.models import even_records, tiny_config
 from helpers.sampling import sample
 from helpers.searches import search_config, task_section
+from hostile import run_python
 
 from evojax_merge import core
 from evojax_merge.checkpoints.adapter_writer import AdapterWriter
@@ -184,6 +185,21 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
     assert lines and lines[-1].startswith("error: ") and lines[-1].isprintable(), done.stderr
     assert all(line.startswith("warning: ") for line in lines[:-1]), done.stderr
     return lines[-1]
+
+
+def test_a_checkpoint_on_a_full_disk_ends_in_one_line(disk: Path) -> None:
+    """Tensorstore's threads say nothing of the other writes."""
+    Full(disk, 0)()
+    script = (
+        "import sys, time\nfrom pathlib import Path\nimport numpy as np\nfrom evojax_merge.errors import Failed\n"
+        "from evojax_merge.search.checkpoints import Checkpoints\n"
+        "from evojax_merge.search.run_parts import RunFolder\n"
+        "state = {f'{i}': np.random.default_rng(i).random(5000) for i in range(40)}\n"
+        "try:\n    Checkpoints(RunFolder(Path(sys.argv[1]))).save(1, state, 0, bytes(32))\n"
+        "except Failed as error:\n    print(error)\n    time.sleep(1)\n"
+    )
+    done = run_python(script, disk / "run")
+    assert "generation 1 could not be saved (No space left on device)" in done.stdout and not done.stderr
 
 
 def mine(folder: Path) -> dict[Path, str]:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -123,6 +124,13 @@ class Saved:
 _SAVING = threading.Lock()
 
 
+def _without_closed_loops(unraisable: Any) -> None:
+    """Print an exception that nobody could catch, but those of tensorstore's threads: each write that fails beside the
+    one that orbax raises finds orbax's event loop closed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 class Checkpoints:
     """The state after generations. A process killed in the middle of a save leaves the last one intact.
 
@@ -144,14 +152,18 @@ class Checkpoints:
         arrays = {f"state.{_name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
         arrays["history.length"] = np.asarray(history_length, np.int64)
         arrays["history.digest"] = np.frombuffer(history_digest, np.uint8)
+        usual = sys.unraisablehook
         try:
             with _SAVING, collective():
+                sys.unraisablehook = _without_closed_loops
                 # Orbax would also delete: entries of the folder that look unfinished or old to it, whoever made them.
                 self._orbax.save(
                     self._folder.step(generations).resolve(),
                     arrays | {"digest": digest_of(arrays)},
                     custom_metadata=CHECKPOINT_MARK,
                 )
+            # After a failure the rest of the writes end later.
+            sys.unraisablehook = usual
             if jax.process_index() == 0:
                 prune(self._folder, self._keep)
         except PeerLostError:
