@@ -128,6 +128,27 @@ def test_the_demo_family_is_planned_by_the_command_that_init_names(
         ({"question": "w5", "choices": ["w6", "w7"], "answerKey": "B"}, "multiple_choice", {"answer": "answerKey"}),
         ({"text": "w5 w6 w7"}, "likelihood", {"prompt": "", "target": "{text}"}),
         ({"problem": "w5", "solution": "w6 #### 12"}, "likelihood", {"target": "{solution}"}),
+        ({"query": "w5", "response": "w6"}, "likelihood", {"prompt": "{query}", "target": "{response}"}),
+        ({"text": "w5", "label": "w6"}, "likelihood", {"prompt": "{text}", "target": "{label}"}),
+        ({"text": "w5", "label": 0, "label_text": "w6"}, "likelihood", {"target": "{label_text}"}),
+        ({"document": "w5", "summary": "w6"}, "likelihood", {"prompt": "{document}", "target": "{summary}"}),
+        (
+            {"context": "w8", "question": "w5", "answers": {"text": ["w6"], "answer_start": [0]}},
+            "likelihood",
+            {"prompt": "{context}\nQuestion: {question}\nAnswer:", "target": "{answers[text][0]}"},
+        ),
+        (
+            {"question": "w5", "answer": None, "options": {"A": "w6", "B": "w7"}, "answer_idx": "B"},
+            "multiple_choice", {"choices": "options", "answer": "answer_idx"},
+        ),
+        (
+            {"ctx": "w5", "endings": ["w6", "w7", "w8"], "label": "2"},
+            "multiple_choice", {"prompt": "{ctx}", "choices": "endings", "answer": "label"},
+        ),
+        (
+            {"question": "w5", "mc1_targets": {"choices": ["w6", "w7", "w8"], "labels": [0, 1, 0]}},
+            "multiple_choice", {"choices": "mc1_targets[choices]", "answer": "mc1_targets[labels]"},
+        ),
         (
             {"text": "w4", "verlauf": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]},
             "likelihood", {"prompt": "{verlauf[0][content]}\n", "target": "{verlauf[1][content]}"},
@@ -209,6 +230,18 @@ def test_the_kind_of_task_goes_by_several_records(
         (
             [{"prompt": "w5", "completion": "w6", "label": 1}, {"prompt": "w5", "completion": "w9", "label": 0}],
             "data.jsonl:2: label: 0 says that the answer is a bad one",
+        ),
+        (
+            [{"text": "w5", "label": 0}, {"text": "w5", "label": 1}],
+            "data.jsonl:1: label: 0 is the number of a class; expected its name, which models can write, in a field",
+        ),
+        (
+            [{"question": "w5", "answer": ["w6"]}],
+            "is list; expected a text or a number; name one that it holds: answer[0]",
+        ),
+        (
+            [{"question": "w5", "answer": {"value": "w6"}}],
+            "is dict; expected a text or a number; name one that it holds: answer[value]",
         ),
         (
             [{"question": "w5", "answer": "12"}] * 2 + [{"question": "w5", "answer": "w6"}],

@@ -221,6 +221,12 @@ def test_files_that_hold_no_records_are_refused(name: str, text: str, message: s
         read_file(tmp_path / name)
 
 
+def test_a_folder_of_datasets_is_refused_with_its_way_to_a_file(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is a folder of datasets' save_to_disk; expected a file: .*to_parquet"):
+        read_file(tmp_path)
+
+
 def test_long_values_of_csv_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f"prompt\n{'w' * 200_000}\n")
     assert len(read_file(tmp_path / "a.csv")[0].fields["prompt"]) == 200_000
@@ -229,12 +235,12 @@ def test_long_values_of_csv_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "fields"),
     [
-        *((answer, ("options", "label")) for answer in (2, "green", "2", "C")),
+        *((answer, ("options", "label")) for answer in (2, "green", "2", "C", [0, 0, 1])),
         (2, ("mc1[options]", "mc1[label]")), (0, ("mc1[options]", "mc1[options][2]")), (1, ("options", "of[label]")),
     ],
 )  # fmt: skip
 def test_multiple_choice_answers_by_number_or_text(
-    answer: int | str, fields: tuple[str, str], tmp_path: Path
+    answer: Any, fields: tuple[str, str], tmp_path: Path
 ) -> None:  # fmt: skip
     record: dict[str, Any] = {"options": ["red", "blue", "green"], "label": answer}
     path = write_lines(tmp_path / "task.jsonl", [{"prompt": "grass is", "mc1": record, "of[label]": "C"} | record])
@@ -266,6 +272,7 @@ WRONG: list[tuple[Any, str, str]] = [
     ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer"),
     ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": true}', "answer"),
     ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": "d"}', "answer"),
+    ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": [1, 1]}', "answer"),
     ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": "C"}', "an index below 2, its letter"),
     ("multiple_choice", '{"prompt": "a", "answer": 0}', r"no field 'choices', which .*it has prompt, answer"),
     ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"]}', "no field 'answer'"),

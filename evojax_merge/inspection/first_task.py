@@ -15,18 +15,24 @@ from evojax_merge.tasks.networks import IMAGES
 from evojax_merge.tasks.patterns import PROBED
 from evojax_merge.tasks.prompts import read_turns
 from evojax_merge.tasks.records import FORMS, Record, is_file_name, read_file
-from evojax_merge.tasks.templates import check_template, fill
+from evojax_merge.tasks.templates import check_template, field_path, fill, look_up
 
 # Fields of a prompt and of what follows it, by the names that data sets have for them.
 PAIRS = (
     ("prompt", "completion"), ("prompt", "target"), ("prompt", "response"), ("prompt", "answer"),
     ("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("question", "response"),
-    ("problem", "solution"), ("input", "output"), ("input", "target"), ("source", "target"),
-    ("prompt", "chosen"), ("question", "chosen"), ("instruction", "chosen"),
+    ("problem", "solution"), ("problem", "answer"), ("query", "response"), ("input", "output"), ("input", "target"),
+    ("inputs", "targets"), ("source", "target"), ("prompt", "chosen"), ("question", "chosen"),
+    ("instruction", "chosen"), ("question", "answers[text][0]"), ("prompt", "canonical_solution"),
+    ("article", "highlights"), *((text, "summary") for text in ("article", "document", "dialogue", "text")),
+    ("text", "code"), ("text", "label_text"), ("text", "label"), ("sentence", "label"),
 )  # fmt: skip
 # Texts that belong to a prompt, which an instruction stands before, and other prompts behind.
 CONTEXTS = ("input", "context", "passage", "article")
-CHOICES, ANSWERS, STEMS = ("choices", "options"), ("answer", "answerKey", "label", "gold"), ("question", "prompt")
+CHOICES = ("choices", "options", "endings", "mc1_targets[choices]")
+ANSWERS = ("answer_idx", "answer", "answerKey", "label", "gold", "correct_option", "mc1_targets[labels]")
+QUESTIONS = ("question", "question_stem")
+STEMS = (*QUESTIONS, "prompt", "query", "ctx")
 TEXTS = ("text", "content")
 # The names of fields that hold a choice each: A, B, … or option_a, choice1 and the like.
 CHOICE = re.compile(r"(option|choice)[_ ]?[a-h1-8]|[a-h]", re.IGNORECASE)
@@ -62,7 +68,7 @@ CHATS, REJECTED = ("messages", "conversations", "chosen"), "reject"
 EXPECTED = (
     "question and answer, prompt and completion (or instruction and output, and the like), choices and answer, "
     "turns {role, content} under any name (in a config: messages: FIELD), or text; or name its fields by --prompt and "
-    "--target"
+    "--target (a field of a field: 'answers[text][0]')"
 )
 NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?")
 HELDOUT = 0.2
@@ -150,10 +156,10 @@ def task_for_records(
     fields = record.fields
     if named != Fields():
         return _pair(source, *named.templates(record), records, templates)
-    choices = next((name for name in CHOICES if name in fields), None)
+    choices = next((name for name in CHOICES if _has(record, name)), None)
     if choices is not None:
         return _multiple_choice(source, records, choices, templates)
-    pair = next((pair for pair in PAIRS if {*pair} <= fields.keys()), None)
+    pair = next((pair for pair in PAIRS if _has(record, *pair)), None)
     chats: list[tuple[str, ...]] = [
         (name,)
         for name in (*CHATS, *fields)
@@ -161,8 +167,15 @@ def task_for_records(
     ]
     if pair is not None and _roles(record, pair[0]) and _roles(record, pair[1]) == ["assistant"]:
         chats.insert(0, pair)
+    is_class = pair is not None and pair[1].startswith("label")
+    if pair is not None and is_class and re.fullmatch(r"-?\d+|True|False", str(fields[pair[1]])):
+        raise InputError(
+            record.where, f"{pair[1]}: {fields[pair[1]]!r} is the number of a class; expected its name, which models "
+            f"can write, in a field label_text; to score the number: --prompt {pair[0]} --target {pair[1]}; the text "
+            f"alone: --target {pair[0]}"
+        )  # fmt: skip
     unwanted = [record for record in records if str(record.fields.get("label")).lower() in ("false", "0")]
-    if unwanted and (chats or pair is not None):
+    if unwanted and (chats or pair is not None) and not is_class:
         label = str(unwanted[0].fields["label"]).lower()
         raise InputError(
             unwanted[0].where, f"label: {label} says that the answer is a bad one, as in "
@@ -175,12 +188,12 @@ def task_for_records(
     if chats and (pair is None or chats[0] == pair or chats[0][0] in CHATS):
         return _chat(source, chats[0], templates) if templates.owner else _plain_chat(source, chats[0], records)
     if pair is not None:
-        template = _question(pair[0], templates) if pair[0] == "question" else f"{{{pair[0]}}}"
-        return _pair(source, _with_context(template, pair, records), f"{{{pair[1]}}}", records, templates)
+        prompt = _with_context(_prompt(pair[0], templates), pair, records)
+        return _pair(source, prompt, f"{{{pair[1]}}}", records, templates)
     text = next((name for name in TEXTS if name in fields), None)
     if text is not None:
-        prompt = ("prompt", "", "the whole text is predicted")
-        return _likelihood(source, [prompt, ("target", f"{{{text}}}", "a template over a record's fields")])
+        empty = ("prompt", "", "the whole text is predicted")
+        return _likelihood(source, [empty, ("target", f"{{{text}}}", "a template over a record's fields")])
     for name in CHATS:
         if name in fields:
             # Its message about a turn says more than the names of the fields.
@@ -188,6 +201,16 @@ def task_for_records(
             raise InputError(record.where, f"{name}: no assistant's turn follows another ({roles})")
     names = ", ".join(map(str, list(fields)[:12])) or "none"
     raise InputError(record.where, f"its fields ({names}) say no kind of task; expected {EXPECTED}")
+
+
+def _has(record: Record, *names: str) -> bool:
+    """Return whether a record has all of these fields, `name[key]` for a field of a field."""
+    try:
+        for name in names:
+            look_up(record.where, name, field_path(name, record.fields), record.fields)
+    except InputError:
+        return False
+    return True
 
 
 def _are_problems(records: Sequence[Record]) -> bool:
@@ -286,14 +309,14 @@ def _section(name: str, kind: tuple[str, str], source: str, lines: Sequence[Line
 
 def _multiple_choice(source: str, records: Sequence[Record], choices: str, templates: ModelTemplates) -> TaskSection:
     record = records[0]
-    answer, stem = (next((name for name in names if name in record.fields), None) for names in (ANSWERS, STEMS))
+    answer, stem = (next((name for name in names if _has(record, name)), None) for names in (ANSWERS, STEMS))
     if answer is None or stem is None:
         missing = " or ".join(ANSWERS if answer is None else STEMS)
         raise InputError(record.where, f"has {choices}, but no {missing}; expected a question, choices and an answer")
     lines = [
         *templates.lines(),
         (
-            "prompt", _with_context(_question(stem, templates), (stem, choices, answer), records),
+            "prompt", _with_context(_prompt(stem, templates), (stem, choices, answer), records),
             "a template over a record's fields",
         ),
         ("choices", choices, "the field with the choices"),
@@ -303,9 +326,9 @@ def _multiple_choice(source: str, records: Sequence[Record], choices: str, templ
     return _section("choices", ("multiple_choice", "the most likely of the choices is the answer"), source, lines)
 
 
-def _question(field: str, templates: ModelTemplates) -> str:
-    """The template of a prompt that asks a question: a chat's turn is the question alone."""
-    return f"{{{field}}}" if templates.is_shared else f"Question: {{{field}}}\nAnswer:"
+def _prompt(field: str, templates: ModelTemplates) -> str:
+    """The template of a prompt: a question has words around it, unless it is a chat's turn."""
+    return f"Question: {{{field}}}\nAnswer:" if field in QUESTIONS and not templates.is_shared else f"{{{field}}}"
 
 
 def _pair(source: str, prompt: str, target: str, records: Sequence[Record], templates: ModelTemplates) -> TaskSection:
@@ -316,7 +339,7 @@ def _pair(source: str, prompt: str, target: str, records: Sequence[Record], temp
         with suppress(InputError):
             answers.append(fill(record.where, "target", target, record.fields))
     lines: list[Line] = [
-        *templates.lines(),
+        *(templates.lines() if prompt else []),
         ("prompt", prompt, "a template over a record's fields" if prompt else "the whole text is predicted"),
         ("target", target, "what should follow it"),
     ]

@@ -89,6 +89,9 @@ def read_source(source: str | Path) -> Source:
 
 def read_file(path: Path) -> list[Record]:
     """The records of a file: of parquet, CSV or a list in JSON, by its name, else one in each line."""
+    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        what = "is a folder of datasets' save_to_disk; expected a file: its splits' to_parquet(FILE) writes one"
+        raise InputError(path, what)
     form = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     readers = {".parquet": read_parquet, ".csv": _read_csv, ".tsv": _read_csv, ".json": _read_list}
     records = readers.get(form, _read_lines)(path)

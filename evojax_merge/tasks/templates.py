@@ -146,7 +146,10 @@ def _value(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     kind = "null" if value is None else f"{value}" if isinstance(value, float) else type(value).__name__
-    raise InputError(where, f"the field {_shown(path)!r}, which {key} names, is {kind}; expected a text or a number")
+    inner = next(iter(value), "key") if isinstance(value, Mapping) else 0
+    advice = f"; name one that it holds: {_shown(path)}[{inner}]" if isinstance(value, Mapping | list) else ""
+    what = f"the field {_shown(path)!r}, which {key} names, is {kind}; expected a text or a number{advice}"
+    raise InputError(where, what)
 
 
 def _shown(path: tuple[str, ...]) -> str:

@@ -495,7 +495,7 @@ def listed_choices(where: str, name: str, value: Any) -> tuple[list[str], list[s
 
 
 def _chosen(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> int | None:
-    """The number of the choice that an answer means: by its label, text, index (also as a text), or letter."""
+    """The choice that an answer means: by its label, text, index (also as a text), letter, or [0, 1, …]."""
     if labels and str(answer) in labels:
         return labels.index(str(answer))
     if isinstance(answer, str):
@@ -507,6 +507,8 @@ def _chosen(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> int |
             answer = ord(answer) - ord("A")
         elif re.fullmatch("[0-9]{1,3}", answer):
             answer = int(answer)
+    elif isinstance(answer, list) and (answer.count(1), answer.count(0)) == (1, len(choices) - 1):
+        answer = answer.index(1)
     return answer if type(answer) is int and 0 <= answer < len(choices) else None
 
 
