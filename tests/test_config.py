@@ -15,6 +15,7 @@ from evojax_merge.config.documents import apply_overrides, attribute_errors_to_o
 from evojax_merge.config.search_config import Config, TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.evolve_config import EvolveConfig
+from evojax_merge.schema.yaml_reader import parse_yaml
 from evojax_merge.tasks.kinds import find_kind
 
 FILE = Path("config.yaml")
@@ -135,6 +136,47 @@ def test_messages_say_key_bounds_and_value(key: str, value: Any, says: str) -> N
     with pytest.raises(InputError) as caught:
         parse(FILE, DOCUMENTS["space"][1] | {"search": {key: value}}, Config)
     assert caught.value.what == says
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "name: on",
+            "tasks[0].name: expected a text of 1 to 200 characters, in one line, found true; put it in quotes",
+        ),
+        ("name: 12", "found 12; put it in quotes"),
+        (
+            "prompt: {question}",
+            "(of no NUL and no half characters), found a mapping; put it in quotes",
+        ),
+        (
+            "prompt: {question} A",
+            "expected key); check the indentation; put a text with more behind a brace",
+        ),
+        (
+            "prompt: Q: {question}",
+            "are not allowed in this context); put a text that holds ': ' in quotes",
+        ),
+        (
+            "prompt: @user",
+            "indent with spaces, no tabs; put a text that begins with @ or ` in",
+        ),
+        ("images:\n\ta: b", "cannot start any token); indent with spaces, no tabs"),
+        ("prompt: 'a", "found unexpected end of stream); close the quotes"),
+        ("prompt: *a", "found undefined alias); put a text that begins with * in quotes"),
+        ("stop: [a", "did not find expected ',' or ']'); close the bracket"),
+    ],
+)
+def test_a_text_that_yaml_reads_as_another_thing_gets_the_remedy(text: str, says: str) -> None:
+    good = DOCUMENTS["space"][1]
+
+    def read() -> None:
+        document = parse_yaml(FILE, f"kind: likelihood\nfile: a.jsonl\n{text}\n")
+        parse(FILE, good | {"tasks": [{"name": "a"} | document]}, Config)
+
+    with pytest.raises(InputError, match=re.escape(says)):
+        read()
 
 
 def test_a_held_out_split_is_a_share_or_a_file() -> None:

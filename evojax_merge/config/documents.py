@@ -230,7 +230,10 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
         return f"{key}: the key is no text; put it in quotes"
     if kind == "task_kind":
         return f"{key}: {first['msg']}"
-    return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
+    # YAML reads no, on, 12 and {name} as other things than texts.
+    is_unquoted = isinstance(value, bool | int | float) or (isinstance(value, dict) and [*value.values()] == [None])
+    advice = "; put it in quotes" if kind == "string_type" and is_unquoted else ""
+    return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}{advice}"
 
 
 def parse(path: Path | str, document: Any, schema: type[Section]) -> Any:

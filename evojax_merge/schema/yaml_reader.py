@@ -78,6 +78,19 @@ def parse_documents(where: object, text: str, repeated: Repeated = refuse_repeat
         return list(yaml.load_all(text, Loader=loader))
 
 
+# How to mend the commonest mistakes, by the beginning of libyaml's problem.
+REMEDIES = {
+    "found character that cannot start": "indent with spaces, no tabs; put a text that begins with @ or ` in quotes",
+    "mapping values are not allowed": "put a text that holds ': ' in quotes",
+    "found unexpected ':'": "put a text that holds ': ' in quotes",
+    "did not find expected key": "check the indentation; put a text with more behind a brace or quote in quotes",
+    "did not find expected '-'": "check the indentation",
+    "found unexpected end of stream": "close the quotes",
+    "found undefined alias": "put a text that begins with * in quotes",
+    "did not find expected ','": "close the bracket, or put a text that holds ': ' or brackets in quotes",
+}
+
+
 @contextmanager
 def _refusing(where: object) -> Iterator[None]:
     """Raises InputError in place of PyYAML's errors."""
@@ -86,7 +99,8 @@ def _refusing(where: object) -> Iterator[None]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise InputError(where if mark is None else _at(where, mark), f"not valid YAML ({problem})") from None
+        remedy = next((f"; {remedy}" for begin, remedy in REMEDIES.items() if str(problem).startswith(begin)), "")
+        raise InputError(where if mark is None else _at(where, mark), f"not valid YAML ({problem}){remedy}") from None
     except ValueError as error:  # a date or a number that there is not
         raise InputError(where, f"not valid YAML ({error})") from None
 
