@@ -21,7 +21,6 @@ from evojax_merge.system.users_traceback import hide_inner_frames
 
 # The bound is config.MAX_SEED, repeated here: the imports of config are too heavy for --help.
 SEED = click.IntRange(min=0, max=2**63 - 1)
-FILE = click.Path(path_type=Path)
 DTYPE = click.Choice(["float32", "float16", "bfloat16"])
 # FP8 as compressed-tensors keeps it, with scales.
 OUTPUT_DTYPE = click.Choice([*DTYPE.choices, "float8_e4m3"])
@@ -40,6 +39,14 @@ class FloatRange(click.FloatRange):
         return number if number == number else self.fail(f"{value} is no number.", param, ctx)
 
 
+class FilePath(click.Path):
+    """A path in which `~` is the home folder: shells leave it as it is in quotes, and in `--out=~/run`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+FILE = FilePath(path_type=Path)
 with_overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG."
 )

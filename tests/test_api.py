@@ -93,6 +93,21 @@ def test_merge_writes_what_the_command_writes(family: Family, tmp_path: Path, si
     assert em.merge(recipe(family), out, overwrite=True, seed=3) == out
 
 
+def test_a_tilde_is_the_home_folder(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a path is written: shells leave it as it is in quotes, in YAML, and in `--json=~/file`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert em.merge(recipe(family), "~/merged") == tmp_path / "home/merged"
+    space = {"method": "task_arithmetic", "layers_per_group": "all"}
+    write_yaml(tmp_path / "config.yaml", search_config(family, space=space, out="~/run"))
+    run_here("search", "config.yaml", "--heartbeat=~/beat")
+    assert (tmp_path / "home/beat").exists() and em.open_run("~/run").finished
+    em.open_run("~/run").best.export("~/best")
+    models = em.load_models(family.base, family.parents)
+    study = em.Study(models, em.MergeSpace(models, "task_arithmetic"), tasks(family), out="~/study")
+    assert study.out == tmp_path / "home/study" and not Path("~").exists()
+
+
 def test_a_recipe_as_a_mapping_starts_in_the_working_directory(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: None
 ) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from merge_kernels import Method
 
 from evojax_merge import plugins
-from evojax_merge.api.python_calls import Location, PythonCall, genome_array, ignore, plain_data
+from evojax_merge.api.python_calls import Location, PythonCall, as_path, genome_array, ignore, plain_data
 from evojax_merge.api.trials import Run, open_run
 from evojax_merge.checkpoints import bank as checkpoints_bank
 from evojax_merge.checkpoints.derived import ignored_revisions
@@ -91,7 +91,7 @@ def merge(
     _check_dtype(planned_dtype(dtype))
     _check_seed(seed)
     if isinstance(recipe, str | PathLike):
-        source: Path | list[Any] = Path(recipe)
+        source: Path | list[Any] = as_path(recipe)
     else:
         document = plain_data("recipe", recipe)
         source = [document] if isinstance(recipe, Mapping) else document
@@ -100,8 +100,8 @@ def merge(
             dtype=dtype, seed=seed, overwrite=overwrite, allow_nonfinite=allow_nonfinite, allow_crimes=allow_crimes,
             strict=strict, max_shard_bytes=max_shard_bytes, type=type,
         )  # fmt: skip
-        write_merge(source, Path(out), options, ignore, warn_program)
-    return Path(out)
+        write_merge(source, as_path(out), options, ignore, warn_program)
+    return as_path(out)
 
 
 def moe(
@@ -122,11 +122,11 @@ def moe(
     check_arguments(moe, locals())
     _check_dtype(dtype)
     _check_seed(seed)
-    source = Path(recipe) if isinstance(recipe, str | PathLike) else plain_data("recipe", recipe)
+    source = as_path(recipe) if isinstance(recipe, str | PathLike) else plain_data("recipe", recipe)
     with PythonCall():
         options = MergeOptions(dtype=dtype, seed=seed, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
-        write_mixture(source, Path(out), options, allow_same, warn_program)
-    return Path(out)
+        write_mixture(source, as_path(out), options, allow_same, warn_program)
+    return as_path(out)
 
 
 def transplant_tokenizer(
@@ -170,8 +170,8 @@ def extract_lora(
         sv_epsilon, skip_undecomposable,
     )  # fmt: skip
     with PythonCall():
-        write_extracted(str(model), str(base), Path(out), options, overwrite, warn_program)
-    return Path(out)
+        write_extracted(str(model), str(base), as_path(out), options, overwrite, warn_program)
+    return as_path(out)
 
 
 def evaluate(
@@ -196,7 +196,7 @@ def evaluate(
     names = [str(model.path if isinstance(model, Run) else Path(model) if isinstance(model, PathLike) else model)
              for model in asked]  # fmt: skip
     if isinstance(tasks, str | PathLike):
-        task_set = stored_models.read_tasks(Path(tasks), split)
+        task_set = stored_models.read_tasks(as_path(tasks), split)
     else:
         plugins.load()
         where = "evaluate"
@@ -235,7 +235,7 @@ def evolve(
     """
     check_arguments(evolve, locals())
     path, parsed = _config(config, seed, overrides)
-    folder = default_out(path, parsed) if out is None else Path(out)
+    folder = default_out(path, parsed) if out is None else as_path(out)
     with PythonCall():
         run_search(path, parsed, folder, resume=resume, overwrite=overwrite, on_generation=on_generation, force=force)
     return with_warnings(open_run(folder))
@@ -254,7 +254,7 @@ def _config(config: Location | Mapping[str, Any], seed: int | None, overrides: S
     if isinstance(config, Mapping):
         path = Path("config")
         return path, config_from(path, plain_data("config", config), overrides, seed)
-    return Path(config), read_config(Path(config), overrides, seed)
+    return as_path(config), read_config(as_path(config), overrides, seed)
 
 
 class Evaluator(Described):

@@ -1,9 +1,11 @@
 """Shared parts of the public functions: how they read arguments, speak to a Python program, and warn it."""
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from datetime import date, datetime
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,6 +46,11 @@ class PythonCall(AbstractContextManager[None]):
         console.quiet = self._was_quiet
         if error is not None:
             hide_inner_frames(error)
+
+
+def as_path(location: Location) -> Path:
+    """A file or folder that the program names; `~` is the home folder, as in configs."""
+    return Path(os.path.expanduser(location))
 
 
 def ignore(line: str) -> None:

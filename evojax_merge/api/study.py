@@ -16,7 +16,7 @@ import numpy as np
 
 from evojax_merge import plugins
 from evojax_merge.api.models import with_warnings
-from evojax_merge.api.python_calls import Location, PythonCall, genome_array, ignore, plain_data
+from evojax_merge.api.python_calls import Location, PythonCall, as_path, genome_array, ignore, plain_data
 from evojax_merge.api.spaces import Models, Space
 from evojax_merge.api.trials import Run, Searched, TrialSource, score_table
 from evojax_merge.backends.registry import find_backend
@@ -130,7 +130,7 @@ class Study(Searched, Described):
         document |= {key: value for key, value in optional.items() if value is not None}
         self.models, self.space, self.seed = models, space, seed
         # The program may change its working directory between two calls.
-        self.out = None if out is None else Path(out).absolute()
+        self.out = None if out is None else as_path(out).absolute()
         self._document: dict[str, Any] = plain_data(str(WHERE), document)
         self._functions = referenced_functions(self._document)
         # The pytrees in the sections live as long as the study.

@@ -1,7 +1,6 @@
 """Candidates of a search as objects, and the run folder that holds them."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from evojax_merge import plugins
-from evojax_merge.api.python_calls import Location, PythonCall, ignore
+from evojax_merge.api.python_calls import Location, PythonCall, as_path, ignore
 from evojax_merge.backends.backend import Backend
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.writer import check_new_model
@@ -105,24 +104,23 @@ class Trial(Described):
     def export(self, out: Location, *, dtype: str | None = None, overwrite: bool = False) -> Path:
         """Write the candidate's model to the folder `out`, as it was scored unless `dtype` is another one."""
         check_arguments(Trial.export, locals())
+        path = as_path(out)
         with PythonCall():
             self._source.check()
             if self._source.merges_recipes:
                 options = MergeOptions(dtype=dtype, overwrite=overwrite)
                 recipe = self.recipe
                 if other_format(recipe) == MOE:
-                    write_mixture(recipe, Path(out), options, True, warn_program)
-                    return Path(out)
-                write_merge(
-                    [recipe] if isinstance(recipe, Mapping) else recipe, Path(out), options, ignore, warn_program
-                )
-                return Path(out)
+                    write_mixture(recipe, path, options, True, warn_program)
+                    return path
+                write_merge([recipe] if isinstance(recipe, Mapping) else recipe, path, options, ignore, warn_program)
+                return path
             if dtype is not None:
                 raise InputError("Trial.export: dtype", "is for language models; leave it out")
             backend = self._source.backend()
-            check_new_model(Path(out), overwrite, self._source.keep)
-            export_candidate(backend, self.genome, Path(out), self._source.keep)
-        return Path(out)
+            check_new_model(path, overwrite, self._source.keep)
+            export_candidate(backend, self.genome, path, self._source.keep)
+        return path
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -368,7 +366,7 @@ def score_table(result: StoredResult | None) -> Table:
 def open_run(folder: Location) -> Run:
     """The run folder of a search, finished or not. Raises InputError for any other folder."""
     check_arguments(open_run, locals())
-    path = Path(os.path.expanduser(folder)).absolute()
+    path = as_path(folder).absolute()
     if not path.is_dir():
         raise InputError(folder, "no such folder; expected the run folder of a search")
     if not is_run(RunFolder(path)):

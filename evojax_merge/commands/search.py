@@ -218,7 +218,7 @@ def _json_messages(lines: IO[str]) -> Iterator[None]:
 
 def default_out(path: Path, config: Config) -> Path:
     """The run folder of a config without one."""
-    return Path(config.out) if config.out else Path("runs") / path.stem
+    return Path(os.path.expanduser(config.out)) if config.out else Path("runs") / path.stem
 
 
 @early_lines()
