@@ -723,7 +723,11 @@ def test_a_run_without_a_single_score_has_a_page(tmp_path: Path, pool: Any) -> N
 @pytest.mark.parametrize("command", ["report", "show"])
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, command: str) -> None:
     (tmp_path / "empty").mkdir()
-    for name, says in (("empty", "is not a run folder"), ("missing", "no such folder")):
+    (make_run(tmp_path / "run") / "best" / "model").mkdir(parents=True)
+    for name, says in (
+        ("empty", "is not a run folder of a search\n"), ("missing", "no such folder"),
+        ("run/best/model", f"is not a run folder of a search; did you mean {tmp_path / 'run'}?"),
+    ):  # fmt: skip
         assert says in refusal(command, tmp_path / name)
     assert list((tmp_path / "empty").iterdir()) == []
 

@@ -33,7 +33,7 @@ from evojax_merge.schema.arguments import check_arguments
 from evojax_merge.schema.yaml_reader import load_documents, parse_documents
 from evojax_merge.search.checkpoints import Checkpoints
 from evojax_merge.search.protocols import context_of
-from evojax_merge.search.run_folder import check_inputs, check_masks, is_run
+from evojax_merge.search.run_folder import check_inputs, check_masks, is_run, run_at
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import StoredResult, read_result, read_run_config
 from evojax_merge.steps.selection import origin_of
@@ -366,9 +366,4 @@ def score_table(result: StoredResult | None) -> Table:
 def open_run(folder: Location) -> Run:
     """The run folder of a search, finished or not. Raises InputError for any other folder."""
     check_arguments(open_run, locals())
-    path = as_path(folder).absolute()
-    if not path.is_dir():
-        raise InputError(folder, "no such folder; expected the run folder of a search")
-    if not is_run(RunFolder(path)):
-        raise InputError(folder, "is not a run folder of a search")
-    return Run(path)
+    return Run(run_at(as_path(folder).absolute()).path)

@@ -10,7 +10,7 @@ from evojax_merge.problem import read_config
 from evojax_merge.schema.yaml_reader import load_documents
 from evojax_merge.search.environment import differences, environment, read_sessions
 from evojax_merge.search.reproduction import parting
-from evojax_merge.search.run_folder import is_run
+from evojax_merge.search.run_folder import run_at
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.run_schema import read_result
 from evojax_merge.system.console import console
@@ -19,9 +19,7 @@ from evojax_merge.system.console import console
 def reproduce(run: Path, out: Path | None) -> None:
     """Search again from a run's config, into a new folder. Raises InputError where the run is not finished, or an input
     has changed, and Failed where the two runs differ."""
-    folder = RunFolder(Path(os.path.abspath(run)))
-    if not is_run(folder):
-        raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
+    folder = run_at(Path(os.path.abspath(run)))
     if not (folder.is_finished() and folder.recipe.is_file() and folder.model.is_dir()):
         raise InputError(run, "has no winner to compare with; finish it with search … --resume")
     # A damaged recipe shows before the long work.

@@ -17,9 +17,9 @@ from evojax_merge.errors import InputError, escaped
 from evojax_merge.report.comparison import Row, verdict
 from evojax_merge.report.intervals import Lead
 from evojax_merge.report.stored_run import method_in
-from evojax_merge.search.run_folder import is_run
+from evojax_merge.search.run_folder import run_at
 from evojax_merge.search.run_lock import check_not_in_use
-from evojax_merge.search.run_parts import LOG_MARK, RunFolder
+from evojax_merge.search.run_parts import LOG_MARK
 from evojax_merge.search.run_schema import (
     A_FILE,
     MAX_DOCUMENT,
@@ -215,11 +215,7 @@ class RunData:
 def read_run(path: Path, *, working: bool | None = None) -> RunData:
     """Read a run folder. working: whether a process works in it; None looks at its lock. Raises InputError where it is
     no run folder."""
-    folder = RunFolder(path)
-    if not path.is_dir():
-        raise InputError(path, "no such folder; expected the run folder of a search")
-    if not is_run(folder):
-        raise InputError(path, "is not a run folder of a search")
+    folder = run_at(path)
     notes: list[str] = []
     config = read_run_config(folder.config, notes)
     count, validated = 0, []

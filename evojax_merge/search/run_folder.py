@@ -232,11 +232,13 @@ def is_run(folder: RunFolder) -> bool:
 
 
 def run_at(run: Path) -> RunFolder:
-    """The run folder at a path. Raises InputError where there is none."""
-    folder = RunFolder(run)
-    if not is_run(folder):
-        raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
-    return folder
+    """The run folder at a path. Raises InputError where there is none; the message names a run that the path is in."""
+    if not run.is_dir():
+        raise InputError(run, "no such folder; expected the run folder of a search")
+    if not is_run(RunFolder(run)):
+        above = next((f"; did you mean {path}?" for path in run.parents[:2] if is_run(RunFolder(path))), "")
+        raise InputError(run, f"is not a run folder of a search{above}")
+    return RunFolder(run)
 
 
 def random_numbers(is_random: bool) -> dict[str, str]:
