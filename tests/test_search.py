@@ -29,6 +29,8 @@ from helpers.models import even_records, load_torch
 from helpers.sampling import sample, thorough
 from helpers.searches import open_problem, search_config, search_in, task_section
 from hostile import Running, run_python, start_command
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
@@ -222,6 +224,19 @@ def test_evaluate_gives_the_winners_heldout_scores(finished, config_file, tmp_pa
     for row, role in zip(scores, ("winner", "base"), strict=True):
         expected = next(line for line in table if line["role"] == role)["heldout_scores"]
         assert row["scores"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_evaluate_says_where_tokenizers_begin_texts_differently(config_file, tmp_path):
+    base = config_file.parent / "base"
+    other = shutil.copytree(base, tmp_path / "other")
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    tokenizer.save(str(other / "tokenizer.json"))
+    said = run_here("evaluate", base, other, "--tasks", config_file).stderr
+    assert "warning: the tokenizer of other begins texts with a token, and that of base does not" in said
+    assert "begins texts" not in run_here("evaluate", base, base, "--tasks", config_file).stderr
 
 
 def _start_and_wait(config_file: Path, out: Path, lines: int, *options: str) -> Running:

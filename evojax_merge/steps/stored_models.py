@@ -152,9 +152,10 @@ def score_models(
         place = f"{task_set.where}: tasks[{i}]"
         for line in ignored_numbers(place, task) + repeated(place, task):
             warn(line)
-    rows = []
+    rows, begins = [], dict[bool, str]()
     for model, path, name in zip(models, paths, short_names(models), strict=True):
         sources, evaluator = _open_evaluator(path, tasks, settings)
+        begins.setdefault(bool(evaluator.tokenizer("")["input_ids"]), name)
         log_unused_config_keys(sources.folders, log)
         for line in token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab):
             warn(line)
@@ -170,6 +171,11 @@ def score_models(
             scores = evaluator.score_stored(stored, progress)
         rows.append(_model_row(name, tasks, scores))
         on_scored(model, partial(sample_rows, model, evaluator.batched_tasks, scores))
+    if len(begins) == 2:
+        warn(
+            f"the tokenizer of {begins[True]} begins texts with a token, and that of {begins[False]} does not: equal "
+            "weights have unequal scores (a search reads all texts with the tokenizer of the base, or the first parent)"
+        )
     return rows
 
 
