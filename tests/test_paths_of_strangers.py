@@ -183,7 +183,8 @@ ALLOWED = {
         "tasks/generated_images.py: read", "tasks/task_folders.py: _read", "tasks/task_folders.py: _yaml_files",
     ],
     "what the user says, in a config, a recipe or on the command line": [
-        "backends/function/opening.py: model_path", "system/user_modules.py: reference_from_anywhere",
+        "backends/function/opening.py: model_path", "checkpoints/gguf_file.py: gguf_files",
+        "system/user_modules.py: reference_from_anywhere",
         "checkpoints/references.py: local_path", "commands/search.py: default_out",
         "plugins.py: _load_named",
         "tasks/data_versions.py: dvc_record", "tasks/data_versions.py: _recorded_md5",

@@ -498,11 +498,12 @@ def write_tensor_table(tensors: Mapping[str, GgufTensor], folder: Path) -> None:
 def open_gguf(path: Path, file: Path) -> Folder:
     """The tensors of the GGUF file, or of a split model's parts, that the folder `path` stands for. Raises InputError
     where one of them is gone."""
+    if not file.is_file():
+        raise InputError(file, "is missing; expected a GGUF file")
     table = read_json_object(path / TENSORS, missing={})
-    mapped = {name: MappedFile(file.with_name(name)) for name in {row["file"] for row in table.values()}}
-    for part in (file, *(handle.path for handle in mapped.values())):
-        if not part.is_file():
-            raise InputError(part, "is missing; expected a GGUF file")
+    mapped = {part.name: MappedFile(part) for part in gguf_files(file)}
+    if missing := {row["file"] for row in table.values()} - mapped.keys():
+        raise InputError(file, f"its part {shown(min(missing))} is missing; expected all in one folder")
     tensors = {
         name: GgufTensor(
             mapped[row["file"]],

@@ -97,6 +97,12 @@ def _expected(annotation: Any, metadata: Sequence[Any], short: bool = False) -> 
     return f"{what} from {low:,} to {high:,}" if annotation is int else f"{what} from {low:g} to {high:g}"
 
 
+def is_section(field: FieldInfo) -> bool:
+    """Return whether a field's value is a section of its own."""
+    type_ = _parts(field.annotation)[0]
+    return isinstance(type_, type) and issubclass(type_, BaseModel)
+
+
 def _limit(metadata: Sequence[Any], name: str) -> Any:
     return next((getattr(item, name) for item in metadata if getattr(item, name, None) is not None), None)
 
@@ -213,12 +219,13 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
         fields = _fields(schema, location[:-1], document)
         # The key of a section beside it, such as search.generations, or one of the document, such as seed.
         outer, dot, last = key.rpartition(".")
-        sections = {name: _parts(field.annotation)[0] for name, field in fields.items()}
         meant = [
             f" (did you mean '{outer}{dot}{name}.{last}'?)"
-            for name, section in sections.items()
-            if isinstance(section, type) and issubclass(section, BaseModel) and last in section.model_fields
-        ] + [f" (did you mean '{last}', outside of {outer}?)"] * bool(outer and last in schema.model_fields)
+            for name, field in fields.items()
+            if is_section(field) and last in _parts(field.annotation)[0].model_fields
+        ]
+        if outer and last in schema.model_fields and not is_section(schema.model_fields[last]):
+            meant.append(f" (did you mean '{last}', outside of {outer}?)")
         return f"{key}: unknown key{meant[0] if len(meant) == 1 else did_you_mean(str(location[-1]), fields)}"
     if kind == "missing":
         return f"{key}: missing"
@@ -232,8 +239,9 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
         return f"{key}: {first['msg']}"
     # YAML reads no, on, 12 and {name} as other things than texts.
     is_unquoted = isinstance(value, bool | int | float) or (isinstance(value, dict) and [*value.values()] == [None])
-    advice = "; put it in quotes" if kind == "string_type" and is_unquoted else ""
-    return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}{advice}"
+    expected = _expected(annotation, metadata)
+    advice = "; put it in quotes" if is_unquoted and expected.startswith("a text") else ""
+    return f"{key}: expected {expected}, found {describe_value(value)}{advice}"
 
 
 def parse(path: Path | str, document: Any, schema: type[Section]) -> Any:

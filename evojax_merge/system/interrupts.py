@@ -32,8 +32,8 @@ LATER = 0.02
 
 
 class Terminal(io.FileIO):
-    """A terminal that drops all text after its window was closed. The search of a shell that has gone (`disown`) goes
-    on, and an interrupted one saves its state: each write to such a terminal fails."""
+    """A terminal that drops all text after its window was closed. The search of a shell that has gone goes on, and an
+    interrupted one saves its state: each write to such a terminal fails."""
 
     def write(self, data: Any, /) -> int:
         try:
