@@ -15,7 +15,7 @@ PIP = $(SPEAKING) $(BIN)/python -m pip install
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, ten minutes; then five)"
-	@echo "make test         the tests and a fixed sample of their cases, in an environment of their own (a quarter of an hour on two cores)"
+	@echo "make test         the tests and a fixed sample of their cases, in an environment of their own (a quarter of an hour)"
 	@echo "make test-all     the tests with every case, compiled as users' programs are, and the torture (an hour)"
 	@echo "make test-targets what compiles for TPUs, without one (installs their compiler; some minutes); CUDA=1: for GPUs"
 	@echo "                  too (installs 5.5 GB)"
