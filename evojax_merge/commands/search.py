@@ -278,15 +278,9 @@ def run_search(
         require_space(out, sum(map(disk_bytes, problems)))
         for problem in problems:
             _require_bank(path, problem, force)
-    with working("hashing the models and the data"):
-        document = resolved_document(configs[0], problems[0])
+    document = _whole_document(stages, configs[0], problems)
     check_recorded_inputs(path, config.inputs or {}, document[INPUTS])
     check_files(document[INPUTS])
-    if stages is not None:
-        for key in ("space", "data_flow", "search"):
-            document.pop(key)
-        document |= random_numbers(any(problem.facts.is_random for problem in problems))
-        document["stages"] = [_resolved_stage(stages, number, problem) for number, problem in enumerate(problems)]
     # The processes that only wait print nothing.
     console.quiet = console.quiet or jax.process_index() > 0
     if complete is not None and not decided_by_main(is_writable(out)):
@@ -328,6 +322,20 @@ def run_search(
             if folder is not run:
                 winner = folder.winner
                 on_started(run)
+
+
+def _whole_document(
+    stages: Sequence[StageConfig] | None, first: Config, problems: Sequence[SearchProblem[Backend]]
+) -> dict[str, Any]:
+    """The resolved document of a search, or of a chain of stages. first: the config of the first stage."""
+    with working("hashing the models and the data"):
+        document = resolved_document(first, problems[0])
+    if stages is not None:
+        for key in ("space", "data_flow", "search"):
+            document.pop(key)
+        document |= random_numbers(any(problem.facts.is_random for problem in problems))
+        document["stages"] = [_resolved_stage(stages, number, problem) for number, problem in enumerate(problems)]
+    return document
 
 
 def _check_checkpoints(folder: RunFolder) -> None:

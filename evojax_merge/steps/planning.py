@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from evojax_merge.backends.backend import Backend
+from evojax_merge.backends.backend import Backend, Planner
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.evaluation.compilations import Compilations, compilations
 from evojax_merge.evaluation.compilers import TargetCompiler
@@ -142,10 +142,7 @@ def make_plan(
     only_gradients = rounds == generations
     expectations = expectation([scored] * (not only_gradients) + [differentiated] * (rounds > 0))
     rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
-    also: Sequence[PassPlan] = ()
-    if backend.facts.final_compute_dtype != backend.facts.compute_dtype:
-        also = _rows(planner.passes(prepared.search, whole, "final"), target, model)
-    pass_bytes = max((planner.jobs * row.needed_bytes for row in (*rows, *also)), default=0)
+    pass_bytes = _pass_bytes(problem, prepared.search, planner, rows)
     final = planner.passes(prepared.heldout, whole, "final") if prepared.heldout else []
     compiling = _compiling(problem, scored, [*differentiated, *final], target, model, sizes.bank, timings)
     fits = sizes.bank + pass_bytes <= target.memory
@@ -176,6 +173,19 @@ def make_plan(
         download_bytes=download_bytes,
         advice=() if fits else advice(problem, prepared),
     )
+
+
+def _pass_bytes(
+    problem: SearchProblem[Backend], searched: list[Any], planner: Planner, rows: Sequence[PassPlan]
+) -> int:
+    """The most bytes of passes at once: of a generation's, `rows`, and of finalists' where these compute in another
+    dtype. searched: the tasks of the search split."""
+    facts = problem.backend.facts
+    also: Sequence[PassPlan] = ()
+    if facts.final_compute_dtype != facts.compute_dtype:
+        passes = planner.passes(searched, problem.strategy.population, "final")
+        also = _rows(passes, facts.target, facts.settings.model)
+    return max((planner.jobs * row.needed_bytes for row in (*rows, *also)), default=0)
 
 
 def compile_ahead(problem: SearchProblem[Backend], prepared: Splits[list[Any]], cancelled: Event) -> None:
