@@ -234,8 +234,8 @@ def test_evaluate_says_where_tokenizers_begin_texts_differently(config_file, tmp
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     tokenizer.save(str(other / "tokenizer.json"))
-    said = run_here("evaluate", base, other, "--tasks", config_file).stderr
-    assert "warning: the tokenizer of other begins texts with a token, and that of base does not" in said
+    errors = run_here("evaluate", base, other, "--tasks", config_file).stderr
+    assert "warning: the tokenizer of other begins texts with a token, and that of base does not" in errors
     assert "begins texts" not in run_here("evaluate", base, base, "--tasks", config_file).stderr
 
 

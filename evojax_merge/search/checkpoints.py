@@ -152,18 +152,17 @@ class Checkpoints:
         arrays = {f"state.{_name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
         arrays["history.length"] = np.asarray(history_length, np.int64)
         arrays["history.digest"] = np.frombuffer(history_digest, np.uint8)
-        usual = sys.unraisablehook
         try:
             with _SAVING, collective():
-                sys.unraisablehook = _without_closed_loops
+                usual, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
                 # Orbax would also delete: entries of the folder that look unfinished or old to it, whoever made them.
                 self._orbax.save(
                     self._folder.step(generations).resolve(),
                     arrays | {"digest": digest_of(arrays)},
                     custom_metadata=CHECKPOINT_MARK,
                 )
-            # After a failure the rest of the writes end later.
-            sys.unraisablehook = usual
+                # After a failure the rest of the writes end later.
+                sys.unraisablehook = usual
             if jax.process_index() == 0:
                 prune(self._folder, self._keep)
         except PeerLostError:
