@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 import subprocess
 import sys
 from collections import deque
@@ -110,6 +111,19 @@ def test_search_finds_a_merge_that_is_known() -> None:
     )  # fmt: skip
     for group, expected in weights.items():
         np.testing.assert_allclose(by_group(run)[group]["weight"], expected, atol=0.02)
+
+
+def test_a_function_without_examples_holds_nothing_out(tmp_path: Any) -> None:
+    run = quick(out=tmp_path / "run", generations=6, controls=["random"])
+    uniform, winner = (next(row for row in run.table if row["role"] == role) for role in ("uniform", "winner"))
+    lead = winner["heldout_fitness"] - uniform["heldout_fitness"]
+    assert run.result is not None and not run.result["held_out"]
+    assert uniform["interval"] == [pytest.approx(lead)] * 2
+    assert f"The winner is better than the uniform merge by {lead:.4f} (exactly)." in run.result["verdicts"]
+    texts = [*run.result["verdicts"], (tmp_path / "run/best/model/README.md").read_text(), repr(run)]
+    assert not any(re.search("held.out|never saw|too few", text) for text in texts)
+    page = (tmp_path / "run/report.html").read_text()
+    assert "<h2>Final scores</h2>" in page and "never saw" not in page and "Wins and losses" not in page
 
 
 def test_what_is_no_weight_is_the_base_s_and_dtypes_stay() -> None:

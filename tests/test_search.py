@@ -668,7 +668,7 @@ def test_a_winner_that_loses_is_told_with_both_figures():
     all_of_them = result_of(base=-1.0, parent1=-1.0, uniform=-1.0, winner=-2.0)
     assert [name in line for line, name in zip(all_of_them.verdicts(), ("base", "parent1", "uniform"), strict=True)]
     failed = result_of(parent1=-1.0, winner=np.nan)
-    assert "no finite score on held-out data" in failed.verdicts()[0]
+    assert failed.verdicts()[0].startswith("On held-out data the winner has no finite score; ")
     assert result_of(parent1=np.nan, parent2=-3.0, winner=-2.0).verdicts() == []
 
 

@@ -301,7 +301,9 @@ class Run(Searched, Described):
         return values
 
     def tables(self) -> dict[str, Table]:
-        tables: dict[str, Table] = {"held-out scores": score_table(self._result())}
+        result = self._result()
+        title = "final scores" if result is not None and not result.held_out else "held-out scores"
+        tables = {title: score_table(result)}
         if is_run(self._folder) and self.history:
             # The models' headers need not be there any more, and an earlier version's history has other keys.
             with suppress(InputError, LookupError):

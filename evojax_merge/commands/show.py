@@ -19,7 +19,7 @@ def show(path: Path) -> None:
     if run.result is None:
         return
     if run.result.table:
-        console.print(heldout_table(run.result).terminal("Held-out scores"))
+        console.print(heldout_table(run.result).terminal("Held-out scores" if run.result.held_out else "Final scores"))
     if folder.model.exists():
         console.print(f"winner: {folder.model}", soft_wrap=True)
     for sentence in sentences(run.result):

@@ -128,10 +128,10 @@ def search_card(name: str, problem: SearchProblem[Backend], result: Result, reci
     tasks = "\n".join(
         f"- `{task.name}`: metric {task.metric}, weight {task.weight if task.weight > GUARD_WEIGHT else 0:g}, "
         + ("guarded, " if task.name in problem.guards else "")
-        + f"{task.size} search{f', {validation[i].size} validation' if validation and task.weight else ''}"
-        + f" and {heldout[i].size} held-out examples"
+        + (f"{task.size} search{f', {validation[i].size} validation' if validation and task.weight else ''}"
+           f" and {heldout[i].size} held-out examples" if task.is_divisible else "no examples")
         for i, task in enumerate(problem.splits.search)
-    )
+    )  # fmt: skip
     front = ""
     if result.members:
         better = "Of what the search ended with, nothing is better than these in every task"
@@ -141,14 +141,16 @@ def search_card(name: str, problem: SearchProblem[Backend], result: Result, reci
     facts, measured = problem.backend.facts, result.measured()
     more = "" if measured is None else f" {measured}"
     models = {facts.references[path]: path for path in problem.backend.describe(result.genome).sources}
-    scores = result.winner.scores if result.rows else {}
+    scores = result.winner.scores if result.rows and result.held_out else {}
+    table = "## Held-out scores\n\nOn examples that the search never saw:" if result.held_out else "## Final scores"
     return (
         merge_card(name, [facts.name], models, recipe, scores, facts.beyond_recipe)
         + result.report.card_section()
         + f"\n## How it was found\n\n{problem.strategy.name} over {facts.genome}, "
         f"{generations} generations, seed {problem.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
-        f"{result.chosen_on()}{more}\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
-        f"{markdown_table(result.rows)}\n" + front + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())
+        f"{result.chosen_on()}{more}\n\n{table}\n\n{markdown_table(result.rows)}\n"
+        + front
+        + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())
     )
 
 

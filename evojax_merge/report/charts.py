@@ -14,7 +14,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from evojax_merge.report.comparison import label_of, titled
+from evojax_merge.report.comparison import final, label_of, titled
 from evojax_merge.report.parameters import Frames, Map, Sampled
 from evojax_merge.report.run_data import Generation, Result, RunData, lead_over, spread
 from evojax_merge.schema.genealogy import NUMBER
@@ -211,7 +211,7 @@ def shown_rules(run: RunData) -> list[tuple[str, float, str]]:
     # Judges' votes are strengths in a search, and shares of prompts on the held-out split: they share no axis.
     for rival in () if run.outcome.is_judged else run.outcome.rivals:
         label = f"best parent {rival.name}" if rival.role == "parent" else label_of(rival.role, rival.name)
-        names.setdefault((rival.heldout_fitness, "held out"), []).append(label)
+        names.setdefault((rival.heldout_fitness, final(run.outcome.held_out)), []).append(label)
     rules = [(f"{' and '.join(same)}, {split}", value, split) for (value, split), same in names.items() if same]
     low, high, margin = _range(run.fitness_rows)
     return [rule for rule in rules if low - 10 * margin <= rule[1] <= high + 10 * margin]
@@ -396,7 +396,7 @@ def heldout_chart(result: Result) -> Spec:
         high=[None if lead is None else ours - lead.low for lead in intervals],
         role=["winner" if model is winner else "other" for model in scored],
     )  # fmt: skip
-    x: dict[str, Any] = {"title": f"{titled('fitness', result.units)}, held out"}
+    x: dict[str, Any] = {"title": f"{titled('fitness', result.units)}, {final(result.held_out)}"}
     bars = base.mark_bar(height=16, cornerRadius=2).encode(
         x=alt.X("fitness:Q", **x), color=_if("role == 'winner'", ACCENT, "var(--bar)"),
         tooltip=["model:N", _tip("fitness")],
@@ -410,12 +410,12 @@ def heldout_chart(result: Result) -> Spec:
 
 def front_chart(result: Result) -> Spec:
     """A front by its first two tasks, on the split that the winner was chosen on and held out."""
-    first, second = list(result.members[0].scores)[:2]
+    (first, second), last = list(result.members[0].scores)[:2], final(result.held_out)
     rows = [
         (str(member.member), split, scores[first], scores[second],
          "winner" if member.genome == result.genome else "member")
         for member in result.members
-        for split, scores in ((f"{result.chosen_on} split", member.scores), ("held out", member.heldout_scores))
+        for split, scores in ((f"{result.chosen_on} split", member.scores), (last, member.heldout_scores))
     ]  # fmt: skip
     base = alt.Chart(_rows("member split x y role", rows)).encode(
         x=alt.X("x:Q", title=titled(first, result.units), scale=_scale([row[2] for row in rows])),
@@ -427,7 +427,7 @@ def front_chart(result: Result) -> Spec:
         size=_if("role == 'winner'", 140, 60),
         tooltip=["member:N", "role:N", "split:N", _tip("x", title=first), _tip("y", title=second)],
     )
-    text = base.transform_filter("datum.split != 'held out'").mark_text(dx=9, dy=-9, color=SOFT).encode(text="member:N")
+    text = base.transform_filter(f"datum.split != '{last}'").mark_text(dx=9, dy=-9, color=SOFT).encode(text="member:N")
     return _spec(points + text, 320)
 
 

@@ -23,7 +23,7 @@ ADAPTERS = ("lora_base", "lora_parent")
 NAMED_CONTROLS = ("random", *ADAPTERS)
 CONTROLS = ("greedy", *NAMED_CONTROLS)
 # The start of a sentence about a difference within noise.
-NOT_TOLD = "On held-out data the {} cannot be told from"
+NOT_TOLD = "{} {} cannot be told from"
 # The winner, trained further: its role and its name.
 POLISHED, POLISHED_NAME = "polished", "polished winner"
 
@@ -116,7 +116,8 @@ class Result:
     best parent's to each held-out example, a row of plain values each; `parent`: the parent that the winner is, in
     words, empty where it is a merge. `controls`: sentences on how controls were made; `change`: of the winner by
     polish, None where it is not polished or was better before; `examples`: the number of those that the search had, in
-    words; `fitted`: the fitness on the search split of controls that were trained there, by role.
+    words; `fitted`: the fitness on the search split of controls that were trained there, by role; `held_out`: whether
+    the table's examples are kept from the search; otherwise no task that counts has examples.
     """
 
     genome: np.ndarray
@@ -140,6 +141,7 @@ class Result:
     change: Any = field(default=None, repr=False)
     examples: str = ""
     fitted: Mapping[str, float] = field(default_factory=dict)
+    held_out: bool = True
 
     @property
     def winner(self) -> Row:
@@ -187,7 +189,9 @@ class Result:
             is_winner = np.array_equal(member.genome, self.genome)
             label = f"member {member.member}" + (" (the winner)" if is_winner else "")
             columns = {f"{titled(name, units)}, {split}": value for name, value in member.scores.items()}
-            columns |= {f"{titled(name, units)}, held out": value for name, value in member.heldout_scores.items()}
+            columns |= {
+                f"{titled(name, units)}, {final(self.held_out)}": value for name, value in member.heldout_scores.items()
+            }
             rows.append(Row("model", label, member.fitness, columns, units=units))
         return rows
 
@@ -200,12 +204,12 @@ class Result:
         parent = f"The winner is {self.parent}, unchanged: nothing that was searched beat it on the {self.split} split."
         hopeless = "None of the candidates that the winner was chosen from keeps every guard: it breaks them least."
         guards = [*([] if all(guard.kept for guard in self.guards) else [hopeless]), *map(self._guard, self.guards)]
-        by_rival = [sentence for row in self.rivals for sentence in _sentences(self.winner, row)]
+        by_rival = [sentence for row in self.rivals for sentence in self._sentences(row)]
         first = [*([parent] if self.parent else []), *self.headline()]
         columns = {score: {row.scores[score] for row in self.rows} for score in self.shares}
         ties = [
-            f"On the held-out examples of {_task_of(score)} ({_weighed(score, self.shares[score])}) every model of the "
-            f"table scores {value:.4f}: they tell no model from another."
+            f"{self._on(score)} ({_weighed(score, self.shares[score])}) every model of the table "
+            f" scores {value:.4f}: they tell no model from another."
             for score, values in columns.items()
             if len(values) == 1 and np.isfinite(value := next(iter(values)))
         ]
@@ -225,7 +229,7 @@ class Result:
         """A sentence for each task on which the winner has no finite score on held-out data."""
         columns = {score: np.array([row.scores[score] for row in self.rows]) for score in self.shares}
         return [
-            f"On the held-out examples of {_task_of(score)} ({_metric_of(score)}) {(~np.isfinite(values)).sum()} of "
+            f"{self._on(score)} ({_metric_of(score)}) {(~np.isfinite(values)).sum()} of "
             f"{len(values)} models have no finite score, the winner among them: look at these examples, and at what "
             "the task makes of them."
             for score, values in columns.items()
@@ -242,13 +246,13 @@ class Result:
             return ["Polishing changes no answer to a held-out example."]
         if lead.remark == TOO_FEW:
             side = "ahead of" if gain > 0 else "behind"
-            return [f"On held-out data the {POLISHED_NAME} is {side} the winner by {abs(gain):.4f}: {TOO_FEW} more."]
+            return [f"{self._data} {POLISHED_NAME} is {side} the winner by {abs(gain):.4f}: {TOO_FEW} more."]
         interval = _interval(Lead(gain, -lead.high, -lead.low), unit)
         if lead.remark == NOISE:
-            sentence = NOT_TOLD.format(POLISHED_NAME)
+            sentence = NOT_TOLD.format(self._data, POLISHED_NAME)
             return [f"{sentence} the winner: a difference of {gain:.4f}, which is {NOISE} ({interval})."]
         side = "better" if gain > 0 else "worse"
-        return [f"On held-out data the {POLISHED_NAME} is {side} than the winner by {abs(gain):.4f} ({interval})."]
+        return [f"{self._data} {POLISHED_NAME} is {side} than the winner by {abs(gain):.4f} ({interval})."]
 
     def _matched(self) -> list[str]:
         """Sentences about the controls: those that the winner is not ahead of, and adapters that fitted the search's
@@ -282,7 +286,7 @@ class Result:
         better = f"better than the best parent on {len(outcomes[''])} of {count} tasks"
         listed = f"{': ' if outcomes[''] else ''}{', '.join(outcomes.pop(''))}"
         others = "".join(f"; {outcome} on {', '.join(tasks)}" for outcome, tasks in outcomes.items())
-        return [] if count < 2 else [f"On held-out data the winner is {better}{listed}{others}."]
+        return [] if count < 2 else [f"{self._data} winner is {better}{listed}{others}."]
 
     def _best_parent(self, score: str) -> Row | None:
         """The parent of the highest finite score, by `task/metric`."""
@@ -293,9 +297,26 @@ class Result:
         """The verdicts on tasks without a finite score, on rivals of a higher fitness, and on all else in which the
         winner is worse."""
         rivals = [row for row in self.rivals if self.winner.fitness < row.fitness and not row.has_too_few_votes]
-        worse = [sentence for row in rivals for sentence in _sentences(self.winner, row)]
+        worse = [sentence for row in rivals for sentence in self._sentences(row)]
         broken = [self._guard(guard) for guard in self.guards if not guard.kept]
         return [*self._unmeasured(), *broken, *worse, *self._inherited(), *self._matched()[:1]]
+
+    @property
+    def _data(self) -> str:
+        """The start of a sentence about a model."""
+        return "On held-out data the" if self.held_out else "The"
+
+    def _on(self, score: str) -> str:
+        """The start of a sentence about a task, by its score `task/metric`."""
+        return f"On {'the held-out examples of ' if self.held_out else ''}{_task_of(score)}"
+
+    def _sentences(self, row: Row) -> list[str]:
+        """The verdict on the winner and a rival. Judges' votes speak in its place where they are the whole fitness, or
+        too few."""
+        judged = [meetings.sentence(_named(row)) for meetings in row.meetings.values()]
+        is_judged = bool(row.meetings) and row.meetings.keys() >= row.scores.keys()
+        fitness = None if is_judged or row.has_too_few_votes else verdict(self.winner, row, self._data)
+        return judged if fitness is None else [fitness, *judged]
 
     def _guard(self, guard: GuardResult) -> str:
         return guard.describe(self.winner.units.get(guard.score, "") if self.rows else "")
@@ -323,8 +344,8 @@ class Result:
     def _inherited(self) -> list[str]:
         """A sentence for each of the losses: what the merge inherited that nobody asked for."""
         return [
-            f"On the held-out examples of {_task_of(score)} ({_weighed(score, self.shares[score])}) the winner is "
-            "worse than " + " and than ".join(
+            f"{self._on(score)} ({_weighed(score, self.shares[score])}) the winner is worse "
+            " than " + " and than ".join(
                 f"{_named(row, 'parent')} by {-row.task_leads[score].difference:.4f} "
                 f"({_interval(row.task_leads[score], self.winner.units.get(score, ''))})"
                 for row in rows
@@ -348,16 +369,16 @@ def nothing_beat(label: str) -> str:
     return f"Nothing that was searched beat the {label}."
 
 
-def verdict(winner: Row, row: Row) -> str | None:
-    """The sentence about the winner and a rival, on held-out data; see `Result.verdicts`."""
+def verdict(winner: Row, row: Row, data: str = "On held-out data the") -> str | None:
+    """The sentence about the winner and a rival; see `Result.verdicts`. data: its start."""
     lead, name, ours, unit = row.lead, _named(row), winner.fitness, winner.units.get("fitness", "")
     if not np.isfinite(ours):
         return (
             None
             if not np.isfinite(row.fitness)
-            else f"The winner has no finite score on held-out data; {name} has {row.fitness:.4f}."
+            else f"{data} winner has no finite score; {name} has {row.fitness:.4f}."
         )
-    start, remark = "On held-out data the winner is", "" if lead is None else lead.remark
+    start, remark = f"{data} winner is", "" if lead is None else lead.remark
     if remark == SAME:
         return f"{start} the same as {name}, example by example: both have {ours:.4f}{_bracketed(unit)}."
     if remark == TOO_FEW:
@@ -377,18 +398,9 @@ def verdict(winner: Row, row: Row) -> str | None:
     shown = [f"{value:.4f}" for value in (ours, row.fitness)]
     if shown[0] == shown[1]:
         shown = [repr(float(value)) for value in (ours, row.fitness)]
-    start, noise = (f"{start} worse than", "") if remark != NOISE else (NOT_TOLD.format("winner"), f", {NOISE}")
+    start, noise = (f"{start} worse than", "") if remark != NOISE else (NOT_TOLD.format(data, "winner"), f", {NOISE}")
     spread = "" if lead is None else f" (a difference of {lead.difference:.4f}{noise}; {_interval(lead, unit)})"
     return f"{start} {name}: it has {shown[0]}, that has {shown[1]}{spread}."
-
-
-def _sentences(winner: Row, row: Row) -> list[str]:
-    """The verdict on the winner and a rival. Judges' votes speak in its place where
-    they are the whole fitness, or too few."""
-    judged = [meetings.sentence(_named(row)) for meetings in row.meetings.values()]
-    is_judged = bool(row.meetings) and row.meetings.keys() >= row.scores.keys()
-    fitness = None if is_judged or row.has_too_few_votes else verdict(winner, row)
-    return judged if fitness is None else [fitness, *judged]
 
 
 def _named(row: Row, parent: str = "best parent") -> str:
@@ -416,7 +428,13 @@ def _metric_of(score: str) -> str:
 
 
 def _interval(lead: Lead, unit: str) -> str:
-    return f"{unit}{', ' if unit else ''}95% interval {lead.low:.4f} to {lead.high:.4f}"
+    interval = "exactly" if lead.low == lead.high else f"95% interval {lead.low:.4f} to {lead.high:.4f}"
+    return f"{unit}{', ' if unit else ''}{interval}"
+
+
+def final(held_out: bool) -> str:
+    """The word for scores of a table; see `Result.held_out`."""
+    return "held out" if held_out else "final"
 
 
 def _bracketed(unit: str) -> str:
@@ -499,6 +517,7 @@ def write_result(result: Result, generations: int, file: Path, tensors: Sequence
         **({} if not result.guards else {"guards": list(map(asdict, result.guards))}),
         "verdicts": [*([] if (measured := result.measured()) is None else [measured]), *result.verdicts()],
         "warnings": result.warnings(),
+        **({} if result.held_out else {"held_out": False}),
         "chosen_on": result.split,
         "search_fitness": dict(zip(compared, (result.search_fitness, result.baseline[1]), strict=True)),
         **({} if result.validation is None

@@ -50,6 +50,12 @@ def paired_lead(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], weight
     return _interval(weights, differences, [(1.0, -1.0) if task else () for task in binary], most)
 
 
+def exact_lead(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], weights: Sequence[float]) -> Lead | None:
+    """As `paired_lead`, of scores that no choice of examples bears on: the interval is the difference alone."""
+    lead = paired_lead(ours, theirs, weights)
+    return None if lead is None else Lead(lead.difference, lead.difference, lead.difference)
+
+
 def unpaired_lead(ours: np.ndarray, theirs: np.ndarray) -> Lead | None:
     """The lead of a model over another that was scored on other examples, float[N] and float[M]; None where a score is
     not finite."""

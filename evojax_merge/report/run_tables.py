@@ -7,7 +7,7 @@ from typing import Any
 
 from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.answers import winner_scores
-from evojax_merge.report.comparison import POLISHED, chosen_on, label_of, nothing_beat, titled
+from evojax_merge.report.comparison import POLISHED, chosen_on, final, label_of, nothing_beat, titled
 from evojax_merge.report.drawings import parameter_text
 from evojax_merge.report.intervals import paired_lead, unpaired_lead
 from evojax_merge.report.run_data import SEARCH_SPLIT, Result, RunData, lead_over
@@ -78,13 +78,17 @@ def headline(run: RunData) -> list[Figure]:
     def scores_of(scores: Mapping[str, float]) -> dict[str, float]:
         return {escaped(titled(name, result.units)): scores[name] for name in names if name in scores}
 
-    figures = [Figure("winner, held out", winner.heldout_fitness, unit, True, scores_of(winner.heldout_scores))]
+    figures = [
+        Figure(
+            f"winner, {final(result.held_out)}", winner.heldout_fitness, unit, True, scores_of(winner.heldout_scores)
+        )
+    ]
     # The winner, trained further, is no rival of the winner.
     polished = [row for row in result.table if row.role == POLISHED]
     for row in polished + sorted(result.rivals, key=lambda row: -row.heldout_fitness):
         role = {"parent": f"best parent {row.name}", "base": "base"}.get(row.role, label_of(row.role, row.name))
         scores = scores_of(row.heldout_scores)
-        figures.append(Figure(f"{escaped(role)}, held out", row.heldout_fitness, unit, scores=scores))
+        figures.append(Figure(f"{escaped(role)}, {final(result.held_out)}", row.heldout_fitness, unit, scores=scores))
     return figures
 
 
@@ -145,7 +149,7 @@ def front_table(result: Result) -> Table:
     ]  # fmt: skip
     columns = [
         "member", *(f"{titled(name, result.units)}, {result.chosen_on}" for name in ("fitness", *names)),
-        *(f"{titled(name, result.units)}, held out" for name in ("fitness", *heldout)),
+        *(f"{titled(name, result.units)}, {final(result.held_out)}" for name in ("fitness", *heldout)),
     ]  # fmt: skip
     winner = next((k for k, member in enumerate(result.members) if member.genome == result.genome), None)
     return Table(columns, rows, frozenset(range(len(columns))), winner)

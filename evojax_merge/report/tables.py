@@ -191,5 +191,7 @@ def lead_cell(lead: Lead | None, digits: str = ".4f", has_too_few_votes: bool = 
         return TOO_FEW_VOTES if has_too_few_votes else ""
     if lead.remark == SAME:
         return SAME
-    interval = "" if lead.remark == TOO_FEW else f" ({lead.low:{digits}} to {lead.high:{digits}})"
+    interval = (
+        "" if lead.remark == TOO_FEW or lead.low == lead.high else f" ({lead.low:{digits}} to {lead.high:{digits}})"
+    )
     return f"{lead.difference:+{digits}}{interval}" + (f", {lead.remark}" if lead.remark else "")

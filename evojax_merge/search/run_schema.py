@@ -224,6 +224,7 @@ class StoredResult(Stored):
     tensors: list[StoredFate] = []
     shares: dict[str, Number] = {}
     units: dict[str, str] = {}
+    held_out: bool = True
     chosen_on: Literal["search", "validation"] = "search"
     search_fitness: dict[str, Score] = {}
     validation_fitness: dict[str, Score] = {}

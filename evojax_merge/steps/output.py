@@ -114,7 +114,7 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     if shown is not None:
         for line in shown.split("\n"):
             console.print(line, soft_wrap=True)
-    console.print(scores_table(result.rows).terminal("Held-out scores"))
+    console.print(scores_table(result.rows).terminal("Held-out scores" if result.held_out else "Final scores"))
     if result.members:
         console.print(scores_table(result.front()).terminal("The front: no candidate is better in every task"))
         console.print(f"members: {folder.front} (export --member NUMBER)", soft_wrap=True)

@@ -14,7 +14,7 @@ from evojax_merge.evaluation.scores import TaskScores, fitness, means, score_mat
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.answers import MOST_EXAMPLES, largest_differences
 from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, model_names
-from evojax_merge.report.intervals import Lead, paired_lead
+from evojax_merge.report.intervals import Lead, exact_lead, paired_lead
 from evojax_merge.report.meetings import Meetings
 from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.search.fronts import front_of
@@ -190,7 +190,13 @@ def select_best(
         change=change if change is not None and change.facts["step"] else None,
         examples=examples_of(problem),
         fitted={control.role: control.search for control in controls if control.search is not None},
+        held_out=is_held_out(heldout),
     )
+
+
+def is_held_out(heldout: SpaceEvaluator[Any]) -> bool:
+    """Return whether the tasks that count keep examples from the search; a function of a model alone has none."""
+    return any(task.is_divisible for task, weight in task_weights(heldout.tasks, heldout.goal) if weight)
 
 
 def origin_of(backend: Backend, genome: np.ndarray) -> str:
@@ -279,18 +285,18 @@ def _table(
         for values in [fitness(heldout.tasks, scores, heldout.goal)]
     ]
     examples = [[scores.matrices[task.name][task.metric][p] for task, _ in weighted] for _, _, p, scores in scored]
-    weights = [weight for _, weight in weighted]
-    leads = [paired_lead(examples[-1], others, weights) for others in examples[:-1]]
+    weights, lead_of = [weight for _, weight in weighted], paired_lead if is_held_out(heldout) else exact_lead
+    leads = [lead_of(examples[-1], others, weights) for others in examples[:-1]]
     by_task: dict[int, dict[str, Lead]] = {}
     for k in [k for k, row in enumerate(rows[:-1]) if row.role in ("base", "parent")]:
         for task in heldout.tasks:
             ours, theirs = (scored[i][3].matrices[task.name][task.metric][scored[i][2]] for i in (-1, k))
-            lead, score = paired_lead([ours], [theirs], [1.0]), f"{task.name}/{task.metric}"
+            lead, score = lead_of([ours], [theirs], [1.0]), f"{task.name}/{task.metric}"
             if lead is not None and score not in too_few[k]:
                 by_task.setdefault(k, {})[score] = lead
     answers: list[dict[str, Any]] = []
     parents = [k for k, row in enumerate(rows) if row.role == "parent"]
-    if parents and heldout.devices.is_main_process:
+    if parents and heldout.devices.is_main_process and is_held_out(heldout):
         # A parent that is best in another task would hide where the winner lost.
         beside = {}
         for task in heldout.tasks:
