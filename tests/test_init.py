@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -290,32 +290,59 @@ def test_context_that_no_task_reads_is_named(
 
 
 @pytest.mark.parametrize(
-    ("record", "unread"),
+    ("fields", "answers", "choices"),
     [
-        ({"question": "w5", "A": "w6", "B": "w7", "C": "w8", "answer": "B"}, "A, B, C"),
-        ({"question": "w5", "option_a": "w6", "option_b": "w7", "answer": "a"}, "option_a, option_b"),
-        ({"question": "w5", "choice1": "w6", "choice2": "w7", "answer": "1"}, "choice1, choice2"),
-        ({"question": "w5", "A": "w6", "answer": "w7"}, None),
+        # As in AGIEval's tables, PIQA, COPA, MedMCQA, WinoGrande, SocialIQA, SWAG and SciQ.
+        ({"question": "w5", "A": "w6", "B": "w7", "C": "w8", "answer": ...}, "AB",
+         {"A": "{A}", "B": "{B}", "C": "{C}"}),
+        ({"question": "w5", "option_b": "w7", "option_a": "w6", "answer": ...}, "ab",
+         {"a": "{option_a}", "b": "{option_b}"}),
+        ({"goal": "w5", "sol1": "w6", "sol2": "w7", "label": ...}, "10", ["{sol1}", "{sol2}"]),
+        ({"premise": "w4", "choice1": "w6", "choice2": "w7", "question": "w5", "label": ...}, "00",
+         ["{choice1}", "{choice2}"]),
+        ({"question": "w5", "opa": "w6", "opb": "w7", "opc": "w8", "opd": "w9", "cop": ...}, "03",
+         ["{opa}", "{opb}", "{opc}", "{opd}"]),
+        ({"sentence": "w5 _ w4", "option1": "w6", "option2": "w7", "answer": ...}, "12",
+         {"1": "{option1}", "2": "{option2}"}),
+        ({"context": "w4", "question": "w5", "answerA": "w6", "answerB": "w7", "answerC": "w8", "label": ...}, "13",
+         {"1": "{answerA}", "2": "{answerB}", "3": "{answerC}"}),
+        ({"startphrase": "w5", "ending0": "w6", "ending1": "w7", "label": ...}, "01", ["{ending0}", "{ending1}"]),
+        ({"question": "w5", "distractor1": "w6", "distractor2": "w7", "correct_answer": ..., "support": "w4"},
+         ["w8", "w9"], ["{distractor1}", "{distractor2}", "{correct_answer}"]),
+        ({"question": "w5", "A": "w6", "B": "w7", "answer": ...}, ["w7", "w6"], ["{A}", "{B}"]),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["exam.jsonl", "exam.csv"])
-def test_choices_in_columns_that_no_task_reads_are_named(
-    init: Init, capsys: pytest.CaptureFixture[str], name: str, record: dict[str, Any], unread: str | None
-) -> None:
+def test_choices_in_columns_are_read(
+    init: Init, capsys: pytest.CaptureFixture[str], name: str, fields: dict[str, Any], answers: Sequence[str],
+    choices: Any,
+) -> None:  # fmt: skip
+    rows = [fields | {key: answer for key in fields if fields[key] is ...} for answer in [*answers] * 5]
     if name.endswith(".csv"):
-        Path(name).write_text("\n".join([",".join(record), *[",".join(record.values())] * 10]))
+        Path(name).write_text("\n".join(",".join(row) for row in ([*rows[0]], *(row.values() for row in rows))))
     else:
-        write_lines(Path(name), [record] * 10)
+        write_lines(Path(name), rows)
     assert init(*MODELS, "--data", name) == 0
+    assert "does not read" not in capsys.readouterr().err
+    (task,) = document()["tasks"]
+    (answer,) = (key for key in fields if fields[key] is ...)
+    assert (task["kind"], task["choices"], task["answer"]) == ("multiple_choice", choices, answer)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "w5", "A": "w6", "B": "w7", "answer": "w9"},
+        {"question": "w5", "A": "w6", "B": "w7", "answer": "C"},
+    ],
+)  # fmt: skip
+def test_choices_in_columns_that_no_task_reads_are_named(
+    init: Init, capsys: pytest.CaptureFixture[str], record: dict[str, Any]
+) -> None:
+    assert init(*MODELS, "--data", records(record)) == 0
     err = capsys.readouterr().err
-    assert err.count("does not read") == (0 if unread is None else 1)
-    assert unread is None or f"{name}: the task does not read {unread}; if these are choices" in err
-    if unread is not None:
-        choices = [record[field] for field in unread.split(", ")]
-        data = records({"question": "w5", "choices": choices, "answer": record["answer"].upper()})
-        assert init("again.yaml", *MODELS, "--data", data) == 0
-        assert document("again.yaml")["tasks"][0]["kind"] == "multiple_choice"
-        assert "does not read" not in capsys.readouterr().err
+    assert err.count("does not read") == 1
+    assert "data.jsonl: the task does not read A, B; if these are choices" in err and "choices: ['{A}', '{B}']" in err
 
 
 @pytest.mark.parametrize(

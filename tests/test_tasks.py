@@ -249,6 +249,42 @@ def test_multiple_choice_answers_by_number_or_text(
     assert example.answer == 2
 
 
+@pytest.mark.parametrize(
+    ("choices", "record", "texts", "right"),
+    [
+        (["{a}", "{b}"], {"answer": 1}, ("red", "blue"), 1),
+        (["{a}", "{b}"], {"answer": "red"}, ("red", "blue"), 0),
+        ({1: "{a}", 2: "{b}"}, {"answer": "2"}, ("red", "blue"), 1),
+        ({1: "{a}", 2: "{b}"}, {"answer": 1}, ("red", "blue"), 0),
+        # Tables have empty cells, or none, where a question has fewer choices.
+        ({"A": "{a}", "B": "{b}", "C": "{c}", "D": "{d}"}, {"answer": "B", "c": ""}, ("red", "blue"), 1),
+        ({False: "no", True: "yes"}, {"answer": True}, ("no", "yes"), 1),
+        ({"false": "no", "true": "yes"}, {"answer": False}, ("no", "yes"), 0),
+        ({0: "entailment", 1: "neutral"}, {"answer": 1}, ("entailment", "neutral"), 1),
+    ],
+)
+def test_multiple_choice_by_templates(
+    choices: Any, record: dict[str, Any], texts: tuple[str, ...], right: int, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "task.jsonl", [{"prompt": "sky", "a": "red", "b": "blue"} | record])
+    (example,) = examples_in(path, "multiple_choice", choices=choices)
+    assert (example.targets, example.answer) == (tuple(f" {text}" for text in texts), right)
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "message"),
+    [
+        (["{a}", "{z}"], 0, r"choices: no field 'z'|no field 'z'"),
+        ({1: "{a}", 2: "{b}"}, 0, "expected one of 1, 2 or a choice"),
+        (["{a}", "{a}"], 0, "is there twice"),
+    ],
+)  # fmt: skip
+def test_wrong_templates_of_choices_are_named(choices: Any, answer: Any, message: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "task.jsonl", [{"prompt": "sky", "a": "red", "b": "blue", "answer": answer}] * 2)
+    with pytest.raises(InputError, match=message):
+        examples_in(path, "multiple_choice", choices=choices)
+
+
 @pytest.mark.parametrize("labels", [["A", "B", "C"], ["1", "2", "3"]])
 @pytest.mark.parametrize("is_mapping", [False, True])
 def test_multiple_choice_answers_by_the_labels_of_its_choices(

@@ -388,9 +388,9 @@ def read_data(path: Path, choices: Choices, way: Way) -> MakeTask:
     unread = [name for name in records[0].fields if CHOICE.fullmatch(name) and f"{{{name}}}" not in str(task.lines)]
     if len(unread) > 1:
         print_warning(
-            f"{source}: the task does not read {', '.join(unread)}; if these are choices, no model sees them: write "
-            "them as a list in one field, choices (JSON lines), beside the answer (a choice, its letter, or its number "
-            "from 0), and init makes a multiple_choice task"
+            f"{source}: the task does not read {', '.join(unread)}; if these are choices, no model sees them: name "
+            f"them in the config, kind: multiple_choice, choices: ['{{{unread[0]}}}', '{{{unread[1]}}}'], answer: the "
+            "field with the right one's text, letter or number from 0 (or choices: {LABEL: '{FIELD}'})"
         )
     dropped = [
         name

@@ -9,6 +9,7 @@ from typing import Any
 
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.arrays import read_examples
+from evojax_merge.tasks.choices import ChoiceTemplates, choice_fields
 from evojax_merge.tasks.gsm import read_problem
 from evojax_merge.tasks.harness import is_benchmark
 from evojax_merge.tasks.networks import IMAGES
@@ -25,17 +26,24 @@ PAIRS = (
     ("inputs", "targets"), ("source", "target"), ("prompt", "chosen"), ("question", "chosen"),
     ("instruction", "chosen"), ("question", "answers[text][0]"), ("prompt", "canonical_solution"),
     ("article", "highlights"), *((text, "summary") for text in ("article", "document", "dialogue", "text")),
-    ("text", "code"), ("text", "label_text"), ("text", "label"), ("sentence", "label"),
+    ("text", "code"), ("text", "label_text"), ("text", "label"), ("sentence", "label"), ("hypothesis", "label"),
 )  # fmt: skip
 # Texts that belong to a prompt, which an instruction stands before, and other prompts behind.
-CONTEXTS = ("input", "context", "passage", "article")
+CONTEXTS = ("input", "context", "passage", "article", "premise", "support")
 CHOICES = ("choices", "options", "endings", "mc1_targets[choices]")
-ANSWERS = ("answer_idx", "answer", "answerKey", "label", "gold", "correct_option", "mc1_targets[labels]")
+ANSWERS = (
+    "answer_idx", "answer", "answerKey", "label", "gold", "correct_option", "correct_answer", "cop",
+    "mc1_targets[labels]",
+)  # fmt: skip
 QUESTIONS = ("question", "question_stem")
-STEMS = (*QUESTIONS, "prompt", "query", "ctx")
+STEMS = (*QUESTIONS, "prompt", "query", "ctx", "goal", "startphrase", "premise", "sentence")
 TEXTS = ("text", "content")
 # The names of fields that hold a choice each: A, B, … or option_a, choice1 and the like.
-CHOICE = re.compile(r"(option|choice)[_ ]?[a-h1-8]|[a-h]", re.IGNORECASE)
+CHOICE = re.compile(
+    "((option|choice|answer|ending|distractor|sol|op)[_ ]?)?[a-h]|"
+    "(option|choice|answer|ending|distractor|sol)[_ ]?[0-8]",
+    re.IGNORECASE,
+)  # fmt: skip
 # The fields of a network's examples by the kind of task: what the user's option names, its key in the task's section,
 # and the names that data sets have for it. The key `text` is `image` where the field holds the name of a picture.
 SEEN = (
@@ -156,7 +164,7 @@ def task_for_records(
     fields = record.fields
     if named != Fields():
         return _pair(source, *named.templates(record), records, templates)
-    choices = next((name for name in CHOICES if _has(record, name)), None)
+    choices = next((name for name in CHOICES if _has(record, name)), None) or _choice_templates(records)
     if choices is not None:
         return _multiple_choice(source, records, choices, templates)
     pair = next((pair for pair in PAIRS if _has(record, *pair)), None)
@@ -171,8 +179,9 @@ def task_for_records(
     if pair is not None and is_class and re.fullmatch(r"-?\d+|True|False", str(fields[pair[1]])):
         raise InputError(
             record.where, f"{pair[1]}: {fields[pair[1]]!r} is the number of a class; expected its name, which models "
-            f"can write, in a field label_text; to score the number: --prompt {pair[0]} --target {pair[1]}; the text "
-            f"alone: --target {pair[0]}"
+            f"can write, in a field label_text, or in the config kind: multiple_choice, choices: {{0: NAME, 1: NAME}}, "
+            f"answer: {pair[1]}; to score the number: --prompt {pair[0]} --target {pair[1]}; the text alone: --target "
+            f"{pair[0]}"
         )  # fmt: skip
     unwanted = [record for record in records if str(record.fields.get("label")).lower() in ("false", "0")]
     if unwanted and (chats or pair is not None) and not is_class:
@@ -201,6 +210,25 @@ def task_for_records(
             raise InputError(record.where, f"{name}: no assistant's turn follows another ({roles})")
     names = ", ".join(map(str, list(fields)[:12])) or "none"
     raise InputError(record.where, f"its fields ({names}) say no kind of task; expected {EXPECTED}")
+
+
+def _choice_templates(records: Sequence[Record]) -> list[str] | dict[str, str] | None:
+    """Templates of choices that have a field each, in a list, or by the letters or numbers that the answers are; None
+    where there are none, or answers say no place among them."""
+    names = sorted((name for name in records[0].fields if CHOICE.fullmatch(str(name))), key=str.lower)
+    answer = next((name for name in ANSWERS if name in records[0].fields), None)
+    if len(names) < 2 or answer is None or not {*STEMS} & records[0].fields.keys():
+        return None
+    if answer == "correct_answer" and all(name.lower().startswith("distractor") for name in names):
+        return [f"{{{name}}}" for name in (*names, answer)]
+    right, places = {str(record.fields.get(answer)) for record in records}, range(len(names))
+    letters, numbers = [chr(ord("A") + k) for k in places], [str(k + 1) for k in places]
+    # Numbers from 0, which need no labels, never reach the last one.
+    for labels in (letters, [letter.lower() for letter in letters], numbers if numbers[-1] in right else []):
+        if right <= {*labels}:
+            return {label: f"{{{name}}}" for label, name in zip(labels, names, strict=True)}
+    by_text = all(record.fields.get(answer) in [record.fields.get(name) for name in names] for record in records)
+    return [f"{{{name}}}" for name in names] if by_text or right <= {*map(str, places)} else None
 
 
 def _has(record: Record, *names: str) -> bool:
@@ -307,7 +335,9 @@ def _section(name: str, kind: tuple[str, str], source: str, lines: Sequence[Line
     )
 
 
-def _multiple_choice(source: str, records: Sequence[Record], choices: str, templates: ModelTemplates) -> TaskSection:
+def _multiple_choice(
+    source: str, records: Sequence[Record], choices: ChoiceTemplates, templates: ModelTemplates
+) -> TaskSection:
     record = records[0]
     answer, stem = (next((name for name in names if _has(record, name)), None) for names in (ANSWERS, STEMS))
     if answer is None or stem is None:
@@ -316,10 +346,10 @@ def _multiple_choice(source: str, records: Sequence[Record], choices: str, templ
     lines = [
         *templates.lines(),
         (
-            "prompt", _with_context(_prompt(stem, templates), (stem, choices, answer), records),
+            "prompt", _with_context(_prompt(stem, templates), (stem, *choice_fields(choices), answer), records),
             "a template over a record's fields",
         ),
-        ("choices", choices, "the field with the choices"),
+        ("choices", choices, "the field with the choices" if isinstance(choices, str) else "a template for each"),
         ("answer", answer, "the field with the right one: by text, place or letter"),
         ("metric", "margin", "smoother than accuracy: the right choice's lead over the best wrong one"),
     ]  # fmt: skip

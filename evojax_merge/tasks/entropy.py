@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError
 from evojax_merge.schema.section import Form, Name, Text, Whole
+from evojax_merge.tasks.choices import listed_choices
 from evojax_merge.tasks.networks import (
     IMAGE_FIELD,
     NEGATIVE_ENTROPY,
@@ -32,7 +33,6 @@ from evojax_merge.tasks.text import (
     PromptedTask,
     check_texts,
     likelihood_rows,
-    listed_choices,
     open_prompted,
     prompt_rows,
 )

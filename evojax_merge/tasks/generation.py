@@ -19,6 +19,7 @@ from pydantic import Field
 from evojax_merge.errors import InputError
 from evojax_merge.schema.section import Text, Whole
 from evojax_merge.tasks.answers import extract_answer
+from evojax_merge.tasks.choices import brief
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import PromptConfig
@@ -28,7 +29,6 @@ from evojax_merge.tasks.templates import check_names_field, field_path, look_up
 from evojax_merge.tasks.text import (
     PromptedTask,
     TextTask,
-    brief,
     check_texts,
     cut_target,
     open_prompted,

@@ -6,7 +6,6 @@ example, and higher is better.
 """
 
 import json
-import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -21,6 +20,7 @@ from pydantic import BeforeValidator, Field
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.schema.section import Name, Text, Whole
 from evojax_merge.tasks.answers import check_attainable, check_room, dropped_tokens, extract_answer, same_answer
+from evojax_merge.tasks.choices import ChoiceTemplates, brief, choice_fields, read_choices, right_choice, templates_of
 from evojax_merge.tasks.images import RecordImage, expand_images, number_images, read_images
 from evojax_merge.tasks.patterns import PROBED, check_pattern
 from evojax_merge.tasks.prompts import (
@@ -83,7 +83,11 @@ class TextConfig(SamplingConfig, PromptConfig):
     delimiter: Text = Field(
         " ", description="what joins a prompt to its target or choice where neither has white space there"
     )
-    choices: Name = Field("choices", description="of multiple_choice: the field that lists the choices, or field[key]")
+    choices: ChoiceTemplates = Field(
+        "choices",
+        description="of multiple_choice: the field that lists the choices, or field[key]; or the choices, each a "
+        "template over a record's fields, in a list or by the answer's labels",
+    )
     answer: Name = Field("answer", description="of multiple_choice: the field that has the right one, by place or text")
     metric: Annotated[Metric, BeforeValidator(lambda value: "accuracy" if value == "acc" else value)] | None = Field(
         None, description="which of the kind's metrics is the fitness; default: log_probability or accuracy"
@@ -337,6 +341,8 @@ def check_texts(where: str, config: PromptConfig, stop: Sequence[str]) -> None:
     """Raises InputError for an invalid template, and for an empty text that would end all outputs."""
     for key, template in (("prompt", config.prompt), ("target", config.target)):
         check_template(f"{where}.{key}", template)
+    for template in templates_of(config.choices) if isinstance(config, TextConfig) else ():
+        check_template(f"{where}.choices", template)
     check_stop(where, stop)
 
 
@@ -414,8 +420,8 @@ def _example(
     where, is_chat, prefix = record.where, bool(config.apply_chat_template), config.assistant_prefix
     # A placeholder that is never read.
     template = config.target if has_target else NO_TARGET
-    choice_fields = (config.choices, config.answer) if isinstance(config, TextConfig) else ()
-    images = read_images(record, folder, {*named_fields(config.prompt), *named_fields(template), *choice_fields})
+    own = {*choice_fields(config.choices), config.answer} if isinstance(config, TextConfig) else set()
+    images = read_images(record, folder, {*named_fields(config.prompt), *named_fields(template), *own})
     turns, of_turns = list[Turn](), " + ".join(config.turns)
     if not of_turns:
         prompt = fill_prompt(where, f"{section}.prompt", config.prompt, record.fields, fields)
@@ -460,61 +466,10 @@ def _example(
         what = f"{of_turns}: ends with the assistant's turn; expected the user's, which the choices answer"
         raise InputError(where, what)
     assert isinstance(config, TextConfig)
-    listed = look_up(where, f"{section}.choices", field_path(config.choices, record.fields), record.fields)
-    choices, labels = listed_choices(where, config.choices, listed)
+    choices, labels = read_choices(where, f"{section}.choices", config.choices, record.fields)
     answer = look_up(where, f"{section}.answer", field_path(config.answer, record.fields), record.fields)
-    chosen = _chosen(answer, choices, labels)
-    if chosen is None:
-        expected = f"one of {', '.join(labels)}" if labels else f"an index below {len(choices)}, its letter"
-        raise InputError(where, f"{config.answer}: {brief(answer)}; expected {expected} or a choice")
-    if choices.count(choices[chosen]) > 1:
-        raise InputError(
-            where, f"{config.choices}: the right one, {brief(choices[chosen])}, is there twice, and cannot win; "
-            "expected choices that differ"
-        )  # fmt: skip
+    chosen = right_choice(where, config.answer, answer, choices, labels)
     return Example(prompt, tuple(map(answer_text, choices)), chosen, *place, tuple(choices), tuple(turns), images)
-
-
-def listed_choices(where: str, name: str, value: Any) -> tuple[list[str], list[str]]:
-    """The texts of a record's choices, and their labels in ARC's form, `{"text": […], "label": […]}`, or in that of
-    `{"A": …, "B": …}`."""
-    texts, labels = value, []
-    if isinstance(value, Mapping) and isinstance(value.get("label"), list):
-        texts, labels = value.get("text"), [str(label) for label in value["label"]]
-    elif isinstance(value, Mapping):
-        # Parquet has null where a record lacks a label that others have.
-        by_label = {str(label): text for label, text in value.items() if text is not None}
-        texts, labels = list(by_label.values()), list(by_label)
-    if not (isinstance(texts, list) and len(texts) >= 2 and all(isinstance(text, str) and text for text in texts)):
-        raise InputError(where, f"{name}: expected a list of two or more texts, found {brief(value)}")
-    if labels and not len(texts) == len(labels) == len(set(labels)):
-        raise InputError(
-            where, f"{name}: labels {brief(labels)} of {len(texts)} texts; expected one of its own for each"
-        )
-    return texts, labels
-
-
-def _chosen(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> int | None:
-    """The choice that an answer means: by its label, text, index (also as a text), letter, or [0, 1, …]."""
-    if labels and str(answer) in labels:
-        return labels.index(str(answer))
-    if isinstance(answer, str):
-        if answer in choices:
-            return choices.index(answer)
-        if labels:
-            return None
-        if re.fullmatch("[A-Z]", answer):
-            answer = ord(answer) - ord("A")
-        elif re.fullmatch("[0-9]{1,3}", answer):
-            answer = int(answer)
-    elif isinstance(answer, list) and (answer.count(1), answer.count(0)) == (1, len(choices) - 1):
-        answer = answer.index(1)
-    return answer if type(answer) is int and 0 <= answer < len(choices) else None
-
-
-def brief(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 200 else f"{shown[:200]}…"
 
 
 # ---------------------------------------------------------------------------------------------------------------
