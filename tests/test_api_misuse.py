@@ -1,6 +1,7 @@
 """Wrong arguments of the public functions, and functions of users that return something else than was asked for: each
 is refused with the argument's name."""
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -343,3 +344,11 @@ def test_factories_that_make_something_else(made: Any, monkeypatch: pytest.Monke
     em.register_strategy("constant", lambda settings: made)
     with pytest.raises(em.InputError, match=r"the strategy constant (lacks|has population 'many')"):
         search(strategy="constant")
+
+
+def test_a_wrong_argument_has_a_short_traceback() -> None:
+    """As in notebooks: frames of the caller, and of the function that was called."""
+    with pytest.raises(em.InputError, match="unknown method") as raised:
+        em.MergeSpace(em.load_models(None, PARENTS), "linaer")
+    files = [entry.filename for entry in traceback.extract_tb(raised.tb)]
+    assert sum("evojax_merge" in file for file in files) <= 1 and files[0] == __file__

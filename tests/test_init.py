@@ -126,6 +126,10 @@ def test_the_demo_family_is_planned_by_the_command_that_init_names(
         ({"instruction": "w5", "input": "w9", "output": "w6"}, "likelihood", {"prompt": "{instruction}\n{input}"}),
         ({"question": "w5", "choices": ["w6", "w7"], "answer": 1}, "multiple_choice", {"metric": "margin"}),
         ({"question": "w5", "choices": ["w6", "w7"], "answerKey": "B"}, "multiple_choice", {"answer": "answerKey"}),
+        (
+            {"passage": "w4", "question": "w5", "answer": True},
+            "multiple_choice", {"choices": {"false": "no", "true": "yes"}, "answer": "answer"},
+        ),
         ({"text": "w5 w6 w7"}, "likelihood", {"prompt": "", "target": "{text}"}),
         ({"problem": "w5", "solution": "w6 #### 12"}, "likelihood", {"target": "{solution}"}),
         ({"query": "w5", "response": "w6"}, "likelihood", {"prompt": "{query}", "target": "{response}"}),

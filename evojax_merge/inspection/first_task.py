@@ -213,11 +213,15 @@ def task_for_records(
 
 
 def _choice_templates(records: Sequence[Record]) -> list[str] | dict[str, str] | None:
-    """Templates of choices that have a field each, in a list, or by the letters or numbers that the answers are; None
-    where there are none, or answers say no place among them."""
+    """Templates of choices that have a field each, in a list, or by the letters or numbers that the answers are, or no
+    and yes where these are truth values; None where there are none, or answers say no place among them."""
     names = sorted((name for name in records[0].fields if CHOICE.fullmatch(str(name))), key=str.lower)
     answer = next((name for name in ANSWERS if name in records[0].fields), None)
-    if len(names) < 2 or answer is None or not {*STEMS} & records[0].fields.keys():
+    if answer is None or not {*STEMS} & records[0].fields.keys():
+        return None
+    if all(isinstance(record.fields.get(answer), bool) for record in records):
+        return {"false": "no", "true": "yes"}
+    if len(names) < 2:
         return None
     if answer == "correct_answer" and all(name.lower().startswith("distractor") for name in names):
         return [f"{{{name}}}" for name in (*names, answer)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from evojax_merge.errors import Failed
+from evojax_merge.errors import Failed, InputError
 
 # Packages whose frames say nothing to the author of a function that they call, beside this one.
 _HIDDEN = ("merge_kernels", "jax", "jaxlib", "click", "contextlib", "concurrent", "threading", "pathlib", "shutil")
@@ -18,8 +18,8 @@ class WrongResultError(Failed):
 
 def hide_inner_frames(error: BaseException) -> bool:
     """Leave only the user's frames in the traceback of an error that the user's own function raised, itself or in a
-    library that it called, or that its result is, and in that of its cause. Return whether it did; the traceback of an
-    error of this program stays whole, and so does every traceback with JAX_TRACEBACK_FILTERING=off."""
+    library that it called, or that its result or an argument is, and in that of its cause. Return whether it did; the
+    traceback of an error of this program stays whole, and so does every one with JAX_TRACEBACK_FILTERING=off."""
     if os.environ.get("JAX_TRACEBACK_FILTERING") == "off":
         return False
     cause_is_users = error.__cause__ is not None and hide_inner_frames(error.__cause__)
@@ -32,7 +32,7 @@ def hide_inner_frames(error: BaseException) -> bool:
 
     inner = [number for number, entry in enumerate(entries) if file_of(entry).startswith(ours)]
     users = [n for n, entry in enumerate(entries) if n not in inner and not file_of(entry).startswith(hidden)]
-    raised_by_user = isinstance(error, WrongResultError) or (bool(inner and users) and users[-1] > inner[-1])
+    raised_by_user = isinstance(error, WrongResultError | InputError) or (bool(inner and users) and users[-1] > inner[-1])
     if not raised_by_user and not cause_is_users:
         return False
     kept: TracebackType | None = None
