@@ -396,7 +396,7 @@ def test_llama_3s_rope_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
         config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
         plain = 5e5 ** (-np.arange(0, 128, 2) / 128)
-        np.testing.assert_allclose(plain / llama3_factors(5e5, 128, factor), scaled.numpy(), rtol=1e-5)
+        np.testing.assert_allclose(plain / llama3_factors(rope, 128), scaled.numpy(), rtol=1e-5)
 
 
 def test_a_gguf_file_is_merged_and_adapted_like_a_folder(tmp_path: Path) -> None:

@@ -201,13 +201,18 @@ def test_scalings_of_rope_are_written(tmp_path: Path) -> None:
     llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     for number, rope in enumerate((
         {"rope_type": "llama3", "factor": 32.0, **llama3},
+        {"rope_type": "llama3", "factor": 5.3, **llama3, "original_max_position_embeddings": 4096},
+        {"rope_type": "llama3", "factor": 4.0, **llama3, "original_max_position_embeddings": 2**17, "rope_theta": 5e5},
         {"rope_type": "linear", "factor": 4.0},
         {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 128},
     )):  # fmt: skip
         folder = model_folder("llama", tmp_path / f"{number}", rope_parameters={"rope_theta": 5000.0, **rope})
         merged(folder, tmp_path / f"{number}.gguf")
         assert read_again(tmp_path / f"{number}.gguf")[1] == decoder_config(folder / "config.json")
-    for rope in ({"rope_type": "llama3", "factor": 5.0, **llama3}, {"rope_type": "dynamic", "factor": 2.0}):
+    for rope in (
+        {"rope_type": "llama3", "factor": 8.0, **llama3, "low_freq_factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ):
         folder = tmp_path / rope["rope_type"]
         model_folder("llama", folder, rope_parameters={"rope_theta": 5000.0, **rope})
         line = refusal("merge", linear(folder, tmp_path), tmp_path / "out.gguf")

@@ -29,7 +29,8 @@ def grouped(fates: Sequence[TensorFate]) -> Groups:
 def summary(fates: Sequence[TensorFate]) -> str:
     """The account in one line."""
     merged = sum(fate.fate == "merged" for fate in fates)
-    models = f"tensors of {len({fate.model for fate in fates})} models"
+    count = len({fate.model for fate in fates})
+    models = f"tensors of {count} models" if count > 1 else "tensors of one model"
     if merged == len(fates):
         return f"{models}: all {merged:,} merged"
     others = [

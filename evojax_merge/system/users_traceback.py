@@ -32,7 +32,9 @@ def hide_inner_frames(error: BaseException) -> bool:
 
     inner = [number for number, entry in enumerate(entries) if file_of(entry).startswith(ours)]
     users = [n for n, entry in enumerate(entries) if n not in inner and not file_of(entry).startswith(hidden)]
-    raised_by_user = isinstance(error, WrongResultError | InputError) or (bool(inner and users) and users[-1] > inner[-1])
+    raised_by_user = isinstance(error, WrongResultError | InputError) or (
+        bool(inner and users) and users[-1] > inner[-1]
+    )
     if not raised_by_user and not cause_is_users:
         return False
     kept: TracebackType | None = None

@@ -12,9 +12,8 @@ from evojax_merge.models.gguf import Gguf, GgufFile, Settings
 
 # Rules for the values of files, beside the rules for configs.
 FACTOR, THETA, COUNT = above(0), above(1), whole(0, 2**31 - 1)
-# The RoPE scalings of Llama 3.1 and 3.2, which GGUF keeps as a tensor of factors: all else than `factor` is the same.
+# The RoPE scalings of Llama 3.1 and later, which GGUF keeps as a tensor of factors.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-LLAMA3_FACTORS = (8.0, 32.0)
 FREQUENCIES = "rope_freqs.weight"
 # The errors of the config classes say "hidden size" and "number of attention heads".
 CONFIG_KEYS = {
@@ -89,13 +88,12 @@ def _rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
     scaling = file.value(".rope.scaling.type", TEXT, "none")
     frequencies = file.tensors.get(FREQUENCIES)
     if frequencies is not None:
-        factors = LLAMA3_FACTORS if frequencies.shape == (-(-head_dim // 2),) else ()
-        for factor in factors:
-            if np.allclose(frequencies.read(), llama3_factors(theta, head_dim, factor), rtol=1e-4):
-                return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
-        raise InputError(
-            file.path, f"{FREQUENCIES}: not the factors of Llama 3.1 or 3.2; expected a RoPE scaling that is known"
-        )
+        rope = _llama3_rope(frequencies.read(), theta, head_dim)
+        if rope is None:
+            raise InputError(
+                file.path, f"{FREQUENCIES}: not the factors of a Llama 3.1; expected a RoPE scaling that is known"
+            )
+        return rope
     if scaling == "none":
         return {"rope_type": "default", "rope_theta": theta}
     if scaling not in ("linear", "yarn"):
@@ -108,14 +106,37 @@ def _rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
     return rope
 
 
-def llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
+def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
     """float64[head_dim / 2]: the divisor of each pair's frequency in Llama 3.1."""
-    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
-    turns = LLAMA3_ROPE["original_max_position_embeddings"] / (
-        2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    )
-    share = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / ((1 - share) / factor + share)
+    share = np.clip((_turns(rope, head_dim) - rope["low_freq_factor"]) / _width(rope), 0, 1)
+    return 1 / ((1 - share) / rope["factor"] + share)
+
+
+def _turns(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
+    """float64[head_dim / 2]: how often each pair turns within the context before its extension."""
+    waves = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+    return rope["original_max_position_embeddings"] / waves
+
+
+def _width(rope: Mapping[str, Any]) -> float:
+    return float(rope["high_freq_factor"] - rope["low_freq_factor"])
+
+
+def _llama3_rope(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
+    """The scaling whose `llama3_factors` these are; None where there is none."""
+    if factors.shape != (-(-head_dim // 2),) or not np.all(factors >= 1):
+        return None
+    # A factor of float32, to the digits that it has.
+    factor = float(f"{factors.max():.6g}")
+    rope: dict[str, Any] = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
+    share = (1 / factors - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.zeros(len(factors))
+    between = (share > 0.01) & (share < 0.99)
+    if between.any():
+        # Pairs between both ends say how long the context was.
+        turns = rope["low_freq_factor"] + share[between] * _width(rope)
+        length = np.median(turns / _turns({**rope, "original_max_position_embeddings": 1}, head_dim)[between])
+        rope["original_max_position_embeddings"] = round(length)
+    return rope if np.allclose(factors, llama3_factors(rope, head_dim), rtol=1e-4) else None
 
 
 def mixture_settings(file: GgufFile, experts_key: str, *, weights_sum_to_one: bool | None = None) -> dict[str, Any]:
@@ -159,7 +180,7 @@ def llama_metadata(values: Mapping[str, Any]) -> Settings:
     kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
     metadata[".rope.freq_base"] = theta
     if kind == "llama3":
-        return metadata, {FREQUENCIES: llama3_factors(theta, metadata[".rope.dimension_count"], rope["factor"])}
+        return metadata, {FREQUENCIES: llama3_factors(rope, metadata[".rope.dimension_count"])}
     if kind in ("linear", "yarn"):
         metadata |= {".rope.scaling.type": kind, ".rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
