@@ -85,8 +85,7 @@ class TextConfig(SamplingConfig, PromptConfig):
     )
     choices: ChoiceTemplates = Field(
         "choices",
-        description="of multiple_choice: the field that lists the choices, or field[key]; or the choices, each a "
-        "template over a record's fields, in a list or by the answer's labels",
+        description="of multiple_choice: the field that lists the choices, or a template for each, by place or label",
     )
     answer: Name = Field("answer", description="of multiple_choice: the field that has the right one, by place or text")
     metric: Annotated[Metric, BeforeValidator(lambda value: "accuracy" if value == "acc" else value)] | None = Field(
