@@ -219,7 +219,7 @@ def _choice_templates(records: Sequence[Record]) -> list[str] | dict[str, str] |
     answer = next((name for name in ANSWERS if name in records[0].fields), None)
     if answer is None or not {*STEMS} & records[0].fields.keys():
         return None
-    if all(isinstance(record.fields.get(answer), bool) for record in records):
+    if all(isinstance(record.fields.get("answer"), bool) for record in records):
         return {"false": "no", "true": "yes"}
     if len(names) < 2:
         return None
