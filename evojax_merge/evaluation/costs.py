@@ -251,6 +251,15 @@ def jaxprs_of(eqn: Any, platform: Platform | None) -> Iterator[Any]:
                 yield closed(part)
 
 
+def constants_and_carries(scan: Any) -> tuple[int, int]:
+    """How many operands of a scan are the same in all trips, and how many it carries from one trip to the next."""
+    if "num_carry" in scan.params:
+        return scan.params["num_consts"], scan.params["num_carry"]
+    # Since JAX 0.12 an equation has its operands as a tree.
+    constants, carries, _ = scan.params["ft_in"].update(scan.invars).unpack()
+    return len(list(constants)), len(list(carries))
+
+
 def closed(jaxpr: Any) -> Any:
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 

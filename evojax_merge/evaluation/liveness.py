@@ -13,6 +13,7 @@ from evojax_merge.evaluation.costs import (
     MOVES,
     TRANSCENDENTAL,
     closed,
+    constants_and_carries,
     is_call,
     is_of_one_device,
     jaxprs_of,
@@ -266,7 +267,7 @@ def _inside(eqn: Any, parts: Sequence[Any], own: Sequence[Axis]) -> Iterator[tup
     axes of the equation's operands."""
     name = eqn.primitive.name
     if name == "scan":
-        whole = eqn.params["num_consts"] + eqn.params["num_carry"]
+        whole = sum(constants_and_carries(eqn))
         # A trip takes a slice of each operand: without its first axis.
         slices = [None if axis is None or axis == 0 else axis - 1 for axis in own[whole:]]
         yield parts[0], [*own[:whole], *slices], len(slices)
@@ -295,7 +296,7 @@ def _results_axes(eqn: Any, inside: Sequence[FlatProgram], own: Sequence[Axis], 
     if len(axes) != len(eqn.outvars):
         return [None] * len(eqn.outvars)
     if name == "scan":
-        carries = eqn.params["num_carry"]
+        _, carries = constants_and_carries(eqn)
         # The results of all trips are stacked along a new first axis.
         return [*axes[:carries], *(None if axis is None else axis + 1 for axis in axes[carries:])]
     return axes
@@ -307,11 +308,11 @@ def _body_bytes(eqn: Any, inside: Sequence[FlatProgram], setting: _Setting) -> i
     loop's results."""
     name, copies = eqn.primitive.name, 0
     if name == "scan" and setting.widens:
-        copies = _widened(eqn, inside[0], eqn.params["num_consts"], eqn.params["num_carry"])
+        copies = _widened(eqn, inside[0], *constants_and_carries(eqn))
     if name not in ("scan", "while"):
         return max((_peak(program, program.results, setting) for program in inside), default=0)
-    constants = eqn.params["num_consts"] if name == "scan" else eqn.params["body_nconsts"]
-    carries = eqn.params["num_carry"] if name == "scan" else len(eqn.outvars)
+    is_scan = name == "scan"
+    constants, carries = constants_and_carries(eqn) if is_scan else (eqn.params["body_nconsts"], len(eqn.outvars))
     body = inside[-1]
     carried = {}
     if setting.reuses_carried:
