@@ -345,7 +345,7 @@ class Result:
         """A sentence for each of the losses: what the merge inherited that nobody asked for."""
         return [
             f"{self._on(score)} ({_weighed(score, self.shares[score])}) the winner is worse "
-            " than " + " and than ".join(
+            "than " + " and than ".join(
                 f"{_named(row, 'parent')} by {-row.task_leads[score].difference:.4f} "
                 f"({_interval(row.task_leads[score], self.winner.units.get(score, ''))})"
                 for row in rows
