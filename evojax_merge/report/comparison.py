@@ -209,7 +209,7 @@ class Result:
         columns = {score: {row.scores[score] for row in self.rows} for score in self.shares}
         ties = [
             f"{self._on(score)} ({_weighed(score, self.shares[score])}) every model of the table "
-            f" scores {value:.4f}: they tell no model from another."
+            f"scores {value:.4f}: they tell no model from another."
             for score, values in columns.items()
             if len(values) == 1 and np.isfinite(value := next(iter(values)))
         ]
