@@ -186,6 +186,23 @@ def test_a_run_is_reproduced_to_the_bit(finished: Path, capsys: pytest.CaptureFi
     assert f"{again}: exists already; choose a new folder with --out" in capsys.readouterr().err
 
 
+def test_a_winner_that_later_generations_do_not_beat_stays_and_is_reproduced(family: Family, tmp_path: Path) -> None:
+    """The strategy's proposal after two generations, which no generation evaluates, is better than the one after three."""
+    gradient = {"learning_rate": 0.5, "schedule": "constant", "minibatches": 2}
+    search = {"strategy": "gradient", "generations": 2, "population": 1, "gradient": gradient}
+    space = {"method": "task_arithmetic", "parameters": {"weight": {"low": -3.0, "high": 3.0}}}
+    config, run = config_of(family, tmp_path, search=search, space=space), tmp_path / "run"
+    assert command("search", config, "--out", run) == 0
+    before = read_json(run / "result.json")
+    printed = run_here("search", config, "--out", run, "--resume", "--set", "search.generations=3").stdout
+    after = read_json(run / "result.json")
+    assert after["genome"] == before["genome"] and (before.get("kept_from"), after["kept_from"]) == (None, 2)
+    assert "It is the winner of the run's first 2 generations" in " ".join(printed.split())
+    assert "It is the winner of the run's first 2 generations" in " ".join(run_here("show", run).stdout.split())
+    assert "bit-identical" in run_here("reproduce", run).stdout
+    assert read_json(tmp_path / "run-reproduced" / "result.json") == after
+
+
 @thorough
 def test_a_run_of_models_by_name_is_reproduced(tmp_path: Path) -> None:
     """The run folder's config has the paths of models that the user's calls `zoo:base` and so forth."""

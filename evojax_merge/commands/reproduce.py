@@ -34,8 +34,10 @@ def reproduce(run: Path, out: Path | None) -> None:
     for line in changes or ["the environment is the one that the run recorded"]:
         console.print(line, soft_wrap=True)
     plugins.load()
-    config = read_config(folder.config, _without_clock(folder), None)
-    run_search(folder.config, config, out, resume=False, overwrite=False)
+    overrides = _without_clock(folder)
+    for number, end in enumerate(_ends(folder)):
+        config = read_config(folder.config, [*overrides, *end], None)
+        run_search(folder.config, config, out, resume=number > 0, overwrite=False)
     difference = parting(folder, RunFolder(out))
     if difference is not None:
         cause = "; ".join(changes) or (
@@ -44,6 +46,17 @@ def reproduce(run: Path, out: Path | None) -> None:
         )
         raise Failed(f"{out}: is not the same as {run}: {difference}; likely cause: {cause}")
     console.print(f"bit-identical: {out}", soft_wrap=True)
+
+
+def _ends(folder: RunFolder) -> list[list[str]]:
+    """The overrides of each end of a run that its winner depends on: of the one that it is kept from, and the last."""
+    result = read_result(folder.result)
+    if result is None or result.kept_from is None:
+        return [[]]
+    stages = read_config(folder.config, [], None).stages
+    section = "search" if stages is None else f"stages.{len(stages) - 1}.search"
+    earlier = {"budget": "null", "generations": result.kept_from, "controls": "[]", "then": "null"}
+    return [[f"{section}.{key}={value}" for key, value in earlier.items()], []]
 
 
 def _without_clock(folder: RunFolder) -> list[str]:

@@ -117,7 +117,8 @@ class Result:
     words, empty where it is a merge. `controls`: sentences on how controls were made; `change`: of the winner by
     polish, None where it is not polished or was better before; `examples`: the number of those that the search had, in
     words; `fitted`: the fitness on the search split of controls that were trained there, by role; `held_out`: whether
-    the table's examples are kept from the search; otherwise no task that counts has examples.
+    the table's examples are kept from the search; otherwise no task that counts has examples; `kept_from`: the
+    generations of the run's earlier end that had this winner, where the later ones have none as good.
     """
 
     genome: np.ndarray
@@ -142,6 +143,7 @@ class Result:
     examples: str = ""
     fitted: Mapping[str, float] = field(default_factory=dict)
     held_out: bool = True
+    kept_from: int | None = None
 
     @property
     def winner(self) -> Row:
@@ -163,6 +165,8 @@ class Result:
         unit = _bracketed(self.winner.units.get("fitness", "")) if self.rows else ""
         winner, baseline = (search_fitness, searched) if self.validation is None else self.validation
         unbeaten = f" {nothing_beat(label)}" if winner <= baseline else ""
+        if self.kept_from is not None:
+            unbeaten += f" {kept_from(self.kept_from)}"
         dtypes = ""
         if self.compute_dtype != self.search_compute_dtype:
             dtypes = f" (computed in {self.compute_dtype}, the generations in {self.search_compute_dtype})"
@@ -369,6 +373,11 @@ def nothing_beat(label: str) -> str:
     return f"Nothing that was searched beat the {label}."
 
 
+def kept_from(generations: int) -> str:
+    """The sentence about a winner that is that of an earlier end of the run."""
+    return f"It is the winner of the run's first {generations} generations: no later finalist scored better there."
+
+
 def verdict(winner: Row, row: Row, data: str = "On held-out data the") -> str | None:
     """The sentence about the winner and a rival; see `Result.verdicts`. data: its start."""
     lead, name, ours, unit = row.lead, _named(row), winner.fitness, winner.units.get("fitness", "")
@@ -529,6 +538,8 @@ def write_result(result: Result, generations: int, file: Path, tensors: Sequence
         # evaluation.compute_dtype.
         "compute_dtype": result.compute_dtype,
         **({} if result.stopped_by is None else {"stopped_by": result.stopped_by}),
+        # The generations of the earlier end whose winner this is.
+        **({} if result.kept_from is None else {"kept_from": result.kept_from}),
         # The fitness on the search split of the controls that were trained there, by role.
         **({} if not result.fitted else {"controls_search_fitness": dict(result.fitted)}),
         # Candidates that no other beats in all tasks; scores and fitness are on the examples of `chosen_on`.

@@ -7,7 +7,7 @@ from typing import Any
 
 from evojax_merge.errors import escaped, escaped_lines
 from evojax_merge.report.answers import winner_scores
-from evojax_merge.report.comparison import POLISHED, chosen_on, final, label_of, nothing_beat, titled
+from evojax_merge.report.comparison import POLISHED, chosen_on, final, kept_from, label_of, nothing_beat, titled
 from evojax_merge.report.drawings import parameter_text
 from evojax_merge.report.intervals import paired_lead, unpaired_lead
 from evojax_merge.report.run_data import SEARCH_SPLIT, Result, RunData, lead_over
@@ -105,6 +105,8 @@ def sentences(result: Result) -> list[str]:
     lines += [
         nothing_beat(escaped(name)) for name, value in scores.items() if name != "winner" and scores["winner"] <= value
     ]
+    if result.kept_from is not None:
+        lines.append(kept_from(result.kept_from))
     if result.stopped_by is not None:
         lines.append(f"The search was ended by its criterion {escaped(result.stopped_by)}.")
     return lines

@@ -230,6 +230,7 @@ class StoredResult(Stored):
     validation_fitness: dict[str, Score] = {}
     compute_dtype: str = ""
     stopped_by: str | None = None
+    kept_from: Count | None = None
     members: Annotated[list[FrontMember], Field(max_length=MAX_MEMBERS)] = []
     lineage: Annotated[list[Bred], Field(max_length=MAX_MEMBERS)] = []
     # The layers of a pool's models; 0 in a run of an earlier version.

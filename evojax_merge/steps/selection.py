@@ -30,6 +30,7 @@ from evojax_merge.search.protocols import (
     within,
 )
 from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_schema import StoredResult, read_result
 from evojax_merge.search.strategies.greedy import Greedy
 from evojax_merge.steps.controls import Control, examples_of, make_controls, polish
 from evojax_merge.steps.goals import StoredSplit, score_stored, with_goals
@@ -101,16 +102,33 @@ class Finalist:
     scores: np.ndarray
 
 
+def finalist_genomes(space: Space, archive: Archive) -> np.ndarray:
+    """The finite genomes of the finalists, float32[F, D], each once (see `rescore`)."""
+    genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None], plain_merges_of(space)[0]])
+    genomes = genomes[np.isfinite(genomes).all(axis=1)]
+    _, kept = np.unique(genomes, axis=0, return_index=True)
+    return genomes[np.sort(kept)]
+
+
+def with_earlier_winner(archive: Archive, space: Space, folder: RunFolder | None) -> tuple[Archive, int | None]:
+    """The archive with the winner of the run's earlier end as a finalist, and the generations of that end; None where
+    the archive has this winner already, or there is none. A context decodes the genomes of its own generation alone."""
+    earlier = (read_result(folder.result) if folder is not None else None) or StoredResult()
+    genome = np.array(earlier.genome, np.float32)
+    if archive.context is not None or len(genome) != space.dims:
+        return archive, None
+    if (finalist_genomes(space, archive) == genome).all(axis=1).any():
+        return archive, None
+    proposed = np.concatenate([archive.proposed, genome[None]])
+    return replace(archive, proposed=proposed), earlier.kept_from or earlier.generations
+
+
 def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
     """The finalists on the examples that the winner is chosen on, the full search split or the validation split, best
     first: the best few of the search, the strategy's proposals, the start, the uniform merge and the parents, so that
     no winner is worse there than a parent that the space contains and that keeps the guards. Candidates that are not
     finite are left out."""
-    evaluator = within(evaluator, archive.context)
-    genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None], plain_merges_of(space)[0]])
-    genomes = genomes[np.isfinite(genomes).all(axis=1)]
-    _, kept = np.unique(genomes, axis=0, return_index=True)
-    genomes = genomes[np.sort(kept)]
+    evaluator, genomes = within(evaluator, archive.context), finalist_genomes(space, archive)
     scores, goal = evaluator.score(genomes, progress), goal_of(evaluator)
     matrix = score_matrix(evaluator.tasks, scores, goal)
     values, task_means = fitness(evaluator.tasks, scores, goal), matrix.task_means
@@ -135,6 +153,7 @@ def select_best(
     on_validation = 0 if on.validation is None else on.validation.passes(counts.validation)
     with phase(CHOOSING, on.search.passes(counts.search) + on_validation) as progress:
         scored_again = replace(archive, genomes=archive.genomes[: _scored_again(problem)])
+        scored_again, earlier = with_earlier_winner(scored_again, problem.space, folder)
         finalists = rescore(problem.space, on.deciding, scored_again, progress)
         if not finalists:
             raise Failed(_no_winner(problem, archive))
@@ -191,6 +210,7 @@ def select_best(
         examples=examples_of(problem),
         fitted={control.role: control.search for control in controls if control.search is not None},
         held_out=is_held_out(heldout),
+        kept_from=earlier if earlier and np.array_equal(best.genome, scored_again.proposed[-1]) else None,
     )
 
 
