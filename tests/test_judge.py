@@ -753,6 +753,16 @@ def test_a_bout_is_some_prompts_in_a_row_and_goes_on_after_a_restart(tmp_path: P
     assert len(again.bout("ann")) == 1
 
 
+def test_a_page_that_was_open_before_a_restart_votes_on_no_other_question(tmp_path: Path) -> None:
+    one = waiting_ballot(tmp_path, "abcd")
+    stale = one.question("ann")
+    asked_in_turn(one, ["bob"] * 3)
+    again = waiting_ballot(tmp_path, "abcd")
+    question = again.question("ann")
+    assert stale is not None and question is not None and question.candidates != stale.candidates
+    assert question.number != stale.number and not again.vote(stale.number, "left", "ann")
+
+
 def test_the_best_of_earlier_generations_meet_those_of_the_next(tmp_path: Path) -> None:
     one, following = ballot(tmp_path, 2), np.array([[0.2], [0.3]], np.float32)
     first = np.array([[0.0], [1.0]], np.float32)

@@ -98,7 +98,8 @@ class Ballot:
         self._kernel: Kernel | None = None
         self._posterior: Posterior | None = None
         self._open: dict[str, Question] = {}
-        self._number = 0
+        # A page that an earlier process served may send a vote: that process had other numbers.
+        self._number = time.time_ns() // 1_000_000
         self._error: BaseException | None = None
         self._describe: Describe = lambda genome: None
         # The answers of all candidates so far, by the bytes of their genomes.

@@ -93,7 +93,8 @@ async function refresh() {
     fail("");
     failures = 0;
     const state = await answer.json();
-    const isSame = open && state.question && open.number === state.question.number;
+    const asked = state.question;
+    const isSame = open && asked && open.task === asked.task && open.number === asked.number;
     if (votes === begun && !isSame) show(state);
   } catch (error) {
     failures++;
