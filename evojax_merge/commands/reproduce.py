@@ -53,10 +53,8 @@ def _ends(folder: RunFolder) -> list[list[str]]:
     result = read_result(folder.result)
     if result is None or result.kept_from is None:
         return [[]]
-    stages = read_config(folder.config, [], None).stages
-    section = "search" if stages is None else f"stages.{len(stages) - 1}.search"
     earlier = {"budget": "null", "generations": result.kept_from, "controls": "[]", "then": "null"}
-    return [[f"{section}.{key}={value}" for key, value in earlier.items()], []]
+    return [[f"search.{key}={value}" for key, value in earlier.items()], []]
 
 
 def _without_clock(folder: RunFolder) -> list[str]:
