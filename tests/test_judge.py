@@ -1025,6 +1025,20 @@ def test_an_answer_of_the_server_from_before_a_vote_is_not_shown_after_it(tmp_pa
         assert browser.evaluate("open.number") > first and not browser.errors
 
 
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_a_page_says_where_its_vote_came_too_late(tmp_path: Path) -> None:
+    one = waiting_ballot(tmp_path, "abcd")
+    with served([one]) as address, Browser(tmp_path) as browser:
+        browser.open(address)
+        browser.wait("open !== null")
+        # The same judge in another window.
+        asked_in_turn(one, [browser.evaluate("judge.value")])
+        browser.press("ArrowLeft")
+        browser.wait("!document.getElementById('error').hidden")
+        assert "was not counted: the question has been answered" in browser.evaluate("error.textContent")
+        assert len(one._file.rounds[0].votes) == 1 and browser.evaluate("open !== null")
+
+
 def drawing_ballot(folder: Path) -> Ballot:
     """A ballot on pictures, of which those of candidate k have the brightness k / 2."""
     task = HumanImageTask(

@@ -120,8 +120,9 @@ async function vote(choice) {
     const body = JSON.stringify({ task: open.task, number: open.number, choice, judge: judge.value });
     const answer = await fetch("vote", { method: "POST", headers: { "Content-Type": "application/json" }, body });
     if (!answer.ok) throw new Error(await answer.text());
-    fail("");
-    show(await answer.json());
+    const state = await answer.json();
+    fail(state.counted ? "" : "The vote was not counted: the question has been answered already, or went to another judge.");
+    show(state);
   } catch (error) {
     fail("The vote was not counted: " + error.message);
   }
