@@ -357,6 +357,16 @@ def test_a_single_model_is_described(inspect: Callable[..., Any], family: Family
     assert report["pairs"] == [] and report["models"][0]["unsearchable"] is None and report["findings"] == []
 
 
+def test_models_of_two_architectures_that_share_weights_begin_no_search(
+    inspect: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, other = random_model(tiny_config()), random_model(tiny_config("qwen2"))
+    other.load_state_dict(model.state_dict(), strict=False)
+    report = inspect(save(model, tmp_path / "llama"), save(other, tmp_path / "qwen2"))
+    assert "llama and qwen2 are equal, to the bit, in the 30 tensors that both have" in sentence(report, "equal")
+    assert "architecture" in kinds(report) and "begin" not in kinds(report)
+
+
 def test_tensors_of_an_unknown_architecture_are_placed_by_their_names(
     inspect: Callable[..., Any], tmp_path: Path
 ) -> None:

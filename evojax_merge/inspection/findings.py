@@ -94,7 +94,8 @@ def _about_a_search(models: Sequence[Model], comparison: Comparison) -> Iterator
     way, base = models[family[0]].way, advise(comparison).base
     parents = [number for number in family if number != base]
     alone = len(family) == 1 and (len(models) > 1 or models[family[0]].unsearchable is None)
-    if way is None or alone or {models[number].way for number in family} != {way}:
+    kinds = {(models[number].way, models[number].architecture) for number in family}
+    if way is None or alone or len(kinds) > 1:
         return
     flags = "" if base is None else f" --base {shlex.quote(models[base].reference)}"
     named = shlex.join(models[number].reference for number in parents) + (" MODEL" if len(family) == 1 else "")
@@ -256,9 +257,12 @@ def _about_relations(models: Sequence[Model], names: Sequence[str], comparison: 
         )  # fmt: skip
     for pair in comparison.pairs:
         if pair.relative_distance == 0:
+            both = f"{names[pair.first]} and {names[pair.second]}"
+            one, other = (models[number].tensors.keys() for number in (pair.first, pair.second))
             yield Finding(
-                "equal", f"{names[pair.first]} and {names[pair.second]} have the same weights, to the bit: one of them "
-                "adds nothing.",
+                "equal", f"{both} have the same weights, to the bit: one of them adds nothing."
+                if one == other
+                else f"{both} are equal, to the bit, in the {pair.tensors} tensors that both have.",
             )  # fmt: skip
     yield from _about_base(names, comparison)
 
