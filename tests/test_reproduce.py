@@ -187,7 +187,7 @@ def test_a_run_is_reproduced_to_the_bit(finished: Path, capsys: pytest.CaptureFi
 
 
 def test_a_winner_that_later_generations_do_not_beat_stays_and_is_reproduced(family: Family, tmp_path: Path) -> None:
-    """The strategy's proposal after two generations, which no generation evaluates, is better than the one after three."""
+    """The proposal after two generations, which no generation evaluates, is better than the one after three."""
     gradient = {"learning_rate": 0.5, "schedule": "constant", "minibatches": 2}
     search = {"strategy": "gradient", "generations": 2, "population": 1, "gradient": gradient}
     space = {"method": "task_arithmetic", "parameters": {"weight": {"low": -3.0, "high": 3.0}}}
