@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers.commands import run_here
+from helpers.commands import output_of, run_here
 from helpers.files import edit_json, read_json, write_json, write_lines, write_yaml
 from helpers.mergekit import assert_same_tensors, merge_by_mergekit
 from helpers.models import finetune, random_model, save, state, tiny_config, word_tokenizer, words
@@ -226,6 +226,26 @@ def test_models_that_lack_a_few_tokens_are_searched_as_their_recipe_merges_them(
     [model] = read_json(tmp_path / "scores.json")
     assert model["scores"] == pytest.approx(scored, abs=1e-6)
     assert len(load_tokenizer(tmp_path / "again")) == 64
+
+
+def test_an_answer_ends_where_the_tokenizers_model_ends_it(added_tokens: Path, tmp_path: Path) -> None:
+    """The winner's files name the tokens at which the search ended its answers, so that transformers ends there, too;
+    parents with another chat template than the one in use are named."""
+    for name, ends in (("base", 1), ("one", [63, 1]), ("two", 1)):
+        shutil.copytree(added_tokens / name, tmp_path / name)
+        write_json(tmp_path / name / "generation_config.json", {"eos_token_id": ends})
+        edit_json(tmp_path / name / "config.json", lambda config, ends=ends: config.update(eos_token_id=ends))
+        (tmp_path / name / "chat_template.jinja").write_text(f"w9 {{{{ messages[0].content }}}} w{len(name)}{ends}")
+    document = search_config(
+        generations=1, base="base", parents=["one"], space={"method": "task_arithmetic", "layers_per_group": "all"},
+        tasks=[task_section(added_tokens / "tasks.jsonl", prompt="w8", target="w10", apply_chat_template=True)],
+    )  # fmt: skip
+    other = "answers end at its tokens; one: another template, which tokenizer_source: one takes"
+    assert other in output_of("plan", write_yaml(tmp_path / "two.yaml", document | {"base": "two"}))
+    config = write_yaml(tmp_path / "search.yaml", document | {"tokenizer_source": "one"})
+    assert other not in output_of("search", config, "--out", tmp_path / "run")
+    for name in ("config.json", "generation_config.json"):
+        assert read_json(tmp_path / "run" / "best" / "model" / name)["eos_token_id"] == [63, 1]
 
 
 def test_models_that_lack_many_tokens_and_layer_paths_are_refused_with_the_way_out(added_tokens: Path) -> None:

@@ -113,7 +113,7 @@ class MergePlan:
     def generation_config(self) -> Path:
         """The settings of generation, which name tokens by their ids; copied where there are any."""
         vocabulary = self.sources.vocabulary
-        donor = vocabulary.copied if vocabulary is not None and vocabulary.transplant is not None else None
+        donor = None if vocabulary is None else vocabulary.copied
         return (donor or self.leader.path) / "generation_config.json"
 
     @property
@@ -244,9 +244,8 @@ def _merged_config(
         # The number of rows for tokens, wherever the config says one.
         rows: dict[str, Any] = {"vocab_size": sources.vocabulary.size}
         text = config.get("text_config")
-        if sources.vocabulary.transplant is not None:
-            # The ids of tokens such as that of the end are the donor's.
-            assert sources.vocabulary.copied is not None
+        if sources.vocabulary.copied is not None:
+            # The ids of tokens such as that of the end are those of the model whose tokenizer it is.
             donor = read_json_object(sources.vocabulary.copied / "config.json", missing={})
             rows |= {key: donor.get(key) for key in TOKEN_IDS if key in donor or key in config}
         if "vocab_size" in config or not isinstance(text, dict):

@@ -21,7 +21,7 @@ from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.parents import OpenDecoder, Sources, open_decoders, open_sources
 from evojax_merge.checkpoints.pipelines import MERGE
-from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
+from evojax_merge.checkpoints.tokens import TokenizerChoice, chat_template, load_tokenizer
 from evojax_merge.config.search_config import Config
 from evojax_merge.errors import InputError, shown
 from evojax_merge.evaluation.targets import Target
@@ -132,6 +132,9 @@ class DecoderFactory:
         for number in candidates.config_sources():
             read_json_object(sources.folders[number].path / "generation_config.json", missing={})
         tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
+        if tokenizer_dir is None and any(getattr(task, "apply_chat_template", False) for task in config.tasks):
+            templates = _other_templates(tokenizer_folder, parents, config)
+            sources = replace(sources, warnings=(*sources.warnings, *templates))
         kept = next((opened_folder for opened_folder in all_folders if opened_folder.path == other_modules), None)
         tokenizer = seeing_tokenizer(load_tokenizer(tokenizer_folder), kept)
         models = DecoderModels(
@@ -224,6 +227,18 @@ def _check_tokens(
             )  # fmt: skip
         warnings.append(f"{folder}: {lacks}; it takes their rows from the models that have them")
     return warnings
+
+
+def _other_templates(folder: Path, parents: Sequence[Path], config: Config) -> list[str]:
+    """A warning where parents have another chat template than the folder whose tokenizer a search takes."""
+    pairs = zip(config.parents, parents, strict=True)
+    others = [name for name, path in pairs if chat_template(path) not in (None, chat_template(folder))]
+    if not others:
+        return []
+    return [
+        f"{folder}: chats are written in its template, and answers end at its tokens; {', '.join(others)}: another "
+        f"template{'' if config.pool else f', which tokenizer_source: {others[0]} takes'}"
+    ]
 
 
 def parameter_space(path: Path, config: Config) -> tuple[Any, list[str]] | None:
