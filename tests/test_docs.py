@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,13 @@ def test_a_guide_begins_with_a_command_and_what_it_prints(guide: Path) -> None:
     assert title.startswith("# ") and text.lstrip("\n").startswith("```console\n$ ")
     _, block = BLOCK.findall(text)[0]
     assert len(typed(block)) < len(block.splitlines()), "the command's output is missing"
+
+
+def test_the_install_page_lists_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    table = (ROOT / "docs" / "install.md").read_text().split("## Extras")[1]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row)} == set(extras)
 
 
 def test_the_glossary_explains_the_words_of_the_terminal() -> None:
