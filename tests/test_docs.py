@@ -43,7 +43,7 @@ SMALLER = {
     "search.strategy=gradient": "search.strategy=gradient --set search.generations=2",
     "max_new_tokens: 256": "max_new_tokens: 4",
     "max_new_tokens=200": "max_new_tokens=4",
-    "range(240)": "range(20)",
+    "random.sample(numbers, 240)": "random.sample(numbers, 20)",
     "layers_per_group: 7": "layers_per_group: 2",
 }
 TEMPLATE = (
