@@ -329,7 +329,7 @@ def test_a_cpu_has_a_float32_copy_of_bfloat16_that_a_loop_picks_from() -> None:
 
         return jax.lax.scan(body, x, jnp.arange(9))[0]
 
-    for program, copied in ((plain, 4 * stack.size), (behind_a_barrier, 0)):
+    for program, copied in ((plain, 4 * stack.size * (jax.__version_info__ < (0, 11))), (behind_a_barrier, 0)):
         jaxpr = jax.make_jaxpr(program)(x, stack)
         assert temporary_bytes(jaxpr, platform="cpu") - temporary_bytes(jaxpr) == copied
         memory = jax.jit(program).lower(x, stack).compile().memory_analysis()

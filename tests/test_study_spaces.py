@@ -214,7 +214,7 @@ def test_a_run_has_the_candidates_of_its_study(tmp_path: Path) -> None:
     again = run.best.export(tmp_path / "again")
     assert (again / "params.safetensors").read_bytes() == (run.model / "params.safetensors").read_bytes()
     assert run.to_frame().equals(study.to_frame()) and run.plot().to_dict()["datasets"]
-    assert ">weight parents[1]</th>" in run._repr_html_() and "held-out scores" in run._repr_html_()
+    assert ">weight parents[1]</th>" in run._repr_html_() and "final scores" in run._repr_html_()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ Trips = Callable[[Any], int]
 MOVES = {
     "broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "dynamic_slice", "rev", "pad",
     "iota", "copy", "copy_p", "stop_gradient", "optimization_barrier", "split", "bitcast_convert_type",
-    "sharding_constraint",
+    "sharding_constraint", "unstack",
 }  # fmt: skip
 # One operation for each value of the result. The compiler counts none for the transcendental ones.
 TRANSCENDENTAL = {

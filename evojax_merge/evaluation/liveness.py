@@ -7,6 +7,8 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
+import jax
+
 from evojax_merge.evaluation.costs import (
     ELEMENTWISE,
     FUSED,
@@ -114,9 +116,9 @@ class _Setting:
 
     @property
     def widens(self) -> bool:
-        """Return whether slices of bfloat16 are read through float32. XLA's compiler for CPUs does so: a loop has a
-        float32 copy of the arrays that its trips slice, unless a barrier stands before."""
-        return self.platform == "cpu"
+        """Return whether slices of bfloat16 are read through float32. XLA's compiler for CPUs did so before JAX 0.11: a
+        loop has a float32 copy of the arrays that its trips slice, unless a barrier stands before."""
+        return self.platform == "cpu" and jax.__version_info__ < (0, 11)
 
     @property
     def delays(self) -> bool:

@@ -105,12 +105,15 @@ class DecoderFactory:
         # The recipe of a layer path need not have all models, nor that of a merge the base.
         fills = config.space is not None and not unmerged_base
         filled = _check_tokens(opened, sources, other_modules, MOST_FILLED if fills else 0.0)
+        tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
+        templates = _other_templates(tokenizer_folder, parents, config)
         if None not in (other_modules, tokenizer_dir) and tokenizer_dir != other_modules:
             raise InputError(
                 where, f"tokenizer_source: expected {other_modules}, whose other modules the winner has: its images "
                 "have tokens of its own",
             )  # fmt: skip
-        sources = replace(sources, folders=sources.folders[: len(paths)], warnings=(*sources.warnings, *filled))
+        warnings = (*sources.warnings, *filled, *templates)
+        sources = replace(sources, folders=sources.folders[: len(paths)], warnings=warnings)
         if config.space is not None:
             notes: list[str] = []
             merged = range(int(has_base), len(paths))
@@ -131,10 +134,6 @@ class DecoderFactory:
         place = place if place in candidates.places else candidates.places[0]
         for number in candidates.config_sources():
             read_json_object(sources.folders[number].path / "generation_config.json", missing={})
-        tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
-        if tokenizer_dir is None and any(getattr(task, "apply_chat_template", False) for task in config.tasks):
-            templates = _other_templates(tokenizer_folder, parents, config)
-            sources = replace(sources, warnings=(*sources.warnings, *templates))
         kept = next((opened_folder for opened_folder in all_folders if opened_folder.path == other_modules), None)
         tokenizer = seeing_tokenizer(load_tokenizer(tokenizer_folder), kept)
         models = DecoderModels(
@@ -230,7 +229,11 @@ def _check_tokens(
 
 
 def _other_templates(folder: Path, parents: Sequence[Path], config: Config) -> list[str]:
-    """A warning where parents have another chat template than the folder whose tokenizer a search takes."""
+    """A warning where tasks are chats, nobody chose a tokenizer, and parents have another chat template than the folder
+    whose tokenizer a search takes."""
+    are_chats = any(getattr(task, "apply_chat_template", False) for task in config.tasks)
+    if not are_chats or config.tokenizer_source is not None:
+        return []
     pairs = zip(config.parents, parents, strict=True)
     others = [name for name, path in pairs if chat_template(path) not in (None, chat_template(folder))]
     if not others:
