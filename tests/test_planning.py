@@ -29,8 +29,8 @@ from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.derived import open_model, resolve_model
 from evojax_merge.checkpoints.headers import HeaderFolders, TensorHeader, write_header_only
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
-from evojax_merge.errors import InputError
-from evojax_merge.evaluation import compilers
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.evaluation import compilers, liveness
 from evojax_merge.evaluation.costs import Cost, Product, cost_of
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.generation import generation_chunk
@@ -335,6 +335,19 @@ def test_a_cpu_has_a_float32_copy_of_bfloat16_that_a_loop_picks_from() -> None:
         memory = jax.jit(program).lower(x, stack).compile().memory_analysis()
         assert memory is not None
         assert abs(memory.temp_size_in_bytes - copied) < stack.size
+
+
+def test_a_newer_jax_that_writes_programs_in_another_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any) -> Any:
+        raise KeyError("num_carry")
+
+    jaxpr = jax.make_jaxpr(lambda x: jnp.cumsum(x) / 3.25)(jnp.ones(7))
+    monkeypatch.setattr(liveness, "_flattened", unknown)
+    with pytest.raises(KeyError):
+        temporary_bytes(jaxpr)
+    monkeypatch.setattr(jax, "__version_info__", (0, 13, 0))
+    with pytest.raises(Failed, match=r"'num_carry'.*expected JAX 0\.12 or older: pip install 'jax==0\.12\.\*'"):
+        temporary_bytes(jaxpr)
 
 
 # How a value is cut that is computed of `x: [4, 8, 6]`, cut into two at its axis 1, and of `y: [8, 5]`, which is whole.

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from evojax_merge.errors import Failed
 from evojax_merge.evaluation.costs import (
     ELEMENTWISE,
     FUSED,
@@ -25,6 +26,8 @@ from evojax_merge.evaluation.costs import (
 from evojax_merge.evaluation.sharding_axes import Axis, axis_of, sharding_axes
 from evojax_merge.evaluation.targets import Platform
 
+# The newest JAX whose programs are known. How it writes them is no part of its interface.
+KNOWN_JAX = (0, 12)
 # Primitives whose result is stored when it has several uses, not computed for each.
 COMPUTED_ONCE = TRANSCENDENTAL | {"div"}
 # Reductions take fused operands directly; all other kernels need theirs in memory.
@@ -155,8 +158,18 @@ class _Setting:
 
 @lru_cache(maxsize=32)
 def flat_program(jaxpr: Any, cut: tuple[Axis, ...], shards: int = 1, platform: Platform | None = None) -> FlatProgram:
-    """A closed jaxpr with its calls written out, off which memory and results are read (see `temporary_bytes`)."""
-    return _flattened(jaxpr, cut, _Setting(platform, shards))
+    """A closed jaxpr with its calls written out, off which memory and results are read (see `temporary_bytes`). Raises
+    Failed where a JAX newer than KNOWN_JAX writes programs in another way."""
+    try:
+        return _flattened(jaxpr, cut, _Setting(platform, shards))
+    except (KeyError, AttributeError) as error:
+        if jax.__version_info__[:2] <= KNOWN_JAX:
+            raise
+        known = ".".join(map(str, KNOWN_JAX))
+        raise Failed(
+            f"JAX {jax.__version__} writes programs in a way that a plan does not read ({error!r}); expected JAX "
+            f"{known} or older: pip install 'jax=={known}.*'"
+        ) from error
 
 
 def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int = 0) -> FlatProgram:
