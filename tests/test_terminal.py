@@ -180,7 +180,9 @@ def test_json_is_a_line_for_each_generation_and_nothing_else(config: Path) -> No
 def test_a_search_survives_its_terminal(disowned: bool, status: int, config: Path) -> None:
     """Its window closes in a search: the search goes on where its shell has disowned it, and stops with its generations
     saved where it has not."""
-    options = ["--out", str(config.parent / "run"), "--set", "search.generations=300"]
+    # More than there is time for, where it is to stop.
+    generations = "300" if disowned else "30000"
+    options = ["--out", str(config.parent / "run"), "--set", f"search.generations={generations}"]
     child, terminal = pty.fork()
     if not child:
         if disowned:
