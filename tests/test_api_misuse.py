@@ -347,7 +347,7 @@ def test_factories_that_make_something_else(made: Any, monkeypatch: pytest.Monke
 
 
 def test_a_wrong_argument_has_a_short_traceback() -> None:
-    """As in notebooks: frames of the caller, and of the function that was called."""
+    """Frames of the caller, and of the function that was called: notebooks show them all."""
     with pytest.raises(em.InputError, match="unknown method") as raised:
         em.MergeSpace(em.load_models(None, PARENTS), "linaer")
     files = [entry.filename for entry in traceback.extract_tb(raised.tb)]

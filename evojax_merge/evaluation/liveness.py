@@ -165,10 +165,10 @@ def flat_program(jaxpr: Any, cut: tuple[Axis, ...], shards: int = 1, platform: P
     except (KeyError, AttributeError) as error:
         if jax.__version_info__[:2] <= KNOWN_JAX:
             raise
-        known = ".".join(map(str, KNOWN_JAX))
+        newest = ".".join(map(str, KNOWN_JAX))
         raise Failed(
             f"JAX {jax.__version__} writes programs in a way that a plan does not read ({error!r}); expected JAX "
-            f"{known} or older: pip install 'jax=={known}.*'"
+            f"{newest} or older: pip install 'jax=={newest}.*'"
         ) from error
 
 

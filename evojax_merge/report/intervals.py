@@ -51,7 +51,7 @@ def paired_lead(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], weight
 
 
 def exact_lead(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], weights: Sequence[float]) -> Lead | None:
-    """As `paired_lead`, of scores that no choice of examples bears on: the interval is the difference alone."""
+    """The lead of `paired_lead`, of scores that no choice of examples bears on: its interval is the difference."""
     lead = paired_lead(ours, theirs, weights)
     return None if lead is None else Lead(lead.difference, lead.difference, lead.difference)
 

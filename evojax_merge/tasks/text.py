@@ -419,8 +419,8 @@ def _example(
     where, is_chat, prefix = record.where, bool(config.apply_chat_template), config.assistant_prefix
     # A placeholder that is never read.
     template = config.target if has_target else NO_TARGET
-    own = {*choice_fields(config.choices), config.answer} if isinstance(config, TextConfig) else set()
-    images = read_images(record, folder, {*named_fields(config.prompt), *named_fields(template), *own})
+    chosen_by = {*choice_fields(config.choices), config.answer} if isinstance(config, TextConfig) else set()
+    images = read_images(record, folder, {*named_fields(config.prompt), *named_fields(template), *chosen_by})
     turns, of_turns = list[Turn](), " + ".join(config.turns)
     if not of_turns:
         prompt = fill_prompt(where, f"{section}.prompt", config.prompt, record.fields, fields)
