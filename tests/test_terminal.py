@@ -185,8 +185,8 @@ def test_a_search_survives_its_terminal(disowned: bool, status: int, config: Pat
     options = ["--out", str(config.parent / "run"), "--set", f"search.generations={generations}"]
     child, terminal = pty.fork()
     if not child:
-        if disowned:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # The tests may themselves run under nohup.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if disowned else signal.SIG_DFL)
         os.execv(sys.executable, [sys.executable, "-m", "evojax_merge", "search", str(config), *options])
     shown = b""
     while b"/300" not in shown:
