@@ -22,7 +22,7 @@ from evojax_merge.errors import InputError, warn_program
 from evojax_merge.mergekit.other_formats import MOE, other_format
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.problem import build_problem, config_from, open_backend
-from evojax_merge.report.comparison import model_names
+from evojax_merge.report.comparison import model_names, scores_title
 from evojax_merge.report.described import Described, Table, parameter_table
 from evojax_merge.report.frame import NamedValues, gene_values, history_frame
 from evojax_merge.report.run_data import lead_over
@@ -302,8 +302,7 @@ class Run(Searched, Described):
 
     def tables(self) -> dict[str, Table]:
         result = self._result()
-        title = "final scores" if result is not None and not result.held_out else "held-out scores"
-        tables = {title: score_table(result)}
+        tables = {scores_title(result is None or result.held_out).lower(): score_table(result)}
         if is_run(self._folder) and self.history:
             # The models' headers need not be there any more, and an earlier version's history has other keys.
             with suppress(InputError, LookupError):

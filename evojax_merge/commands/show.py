@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from evojax_merge.report.comparison import scores_title
 from evojax_merge.report.run_data import read_run
 from evojax_merge.report.run_tables import facts, heldout_table, notes, sentences
 from evojax_merge.search.run_parts import RunFolder
@@ -19,7 +20,7 @@ def show(path: Path) -> None:
     if run.result is None:
         return
     if run.result.table:
-        console.print(heldout_table(run.result).terminal("Held-out scores" if run.result.held_out else "Final scores"))
+        console.print(heldout_table(run.result).terminal(scores_title(run.result.held_out)))
     if folder.model.exists():
         console.print(f"winner: {folder.model}", soft_wrap=True)
     for sentence in sentences(run.result):

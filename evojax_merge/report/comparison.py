@@ -441,6 +441,11 @@ def _interval(lead: Lead, unit: str) -> str:
     return f"{unit}{', ' if unit else ''}{interval}"
 
 
+def scores_title(held_out: bool) -> str:
+    """The title of the table; see `Result.held_out`."""
+    return "Held-out scores" if held_out else "Final scores"
+
+
 def final(held_out: bool) -> str:
     """The word for scores of a table; see `Result.held_out`."""
     return "held out" if held_out else "final"

@@ -9,7 +9,7 @@ from evojax_merge.errors import print_warning
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.card import search_card
-from evojax_merge.report.comparison import Result, write_result
+from evojax_merge.report.comparison import Result, scores_title, write_result
 from evojax_merge.report.plan import DAY, ENDING, Plan, shown_seconds
 from evojax_merge.report.tables import scores_table
 from evojax_merge.search.checkpoints import Checkpoints, to_line
@@ -114,7 +114,7 @@ def write_winner(folder: RunFolder, problem: SearchProblem[Backend], result: Res
     if shown is not None:
         for line in shown.split("\n"):
             console.print(line, soft_wrap=True)
-    console.print(scores_table(result.rows).terminal("Held-out scores" if result.held_out else "Final scores"))
+    console.print(scores_table(result.rows).terminal(scores_title(result.held_out)))
     if result.members:
         console.print(scores_table(result.front()).terminal("The front: no candidate is better in every task"))
         console.print(f"members: {folder.front} (export --member NUMBER)", soft_wrap=True)
