@@ -10,6 +10,7 @@ from helpers.sampling import sample, thorough
 from helpers.searches import open_problem, search_in
 from test_racing import Hill, Plain, SurrogateData, everyone, one_token, text_task, write_config
 
+from bench.searches.racing import halve
 from evojax_merge.commands import search as search_command
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
@@ -27,7 +28,7 @@ from evojax_merge.search.example_choice import (
 from evojax_merge.search.item_response import expected_responses, fit_item_model, predicted_spread
 from evojax_merge.search.recording import Reporter
 from evojax_merge.search.run_folder import open_run
-from evojax_merge.search.successive_halving import rung_shards, stratified_shards, successive_halving
+from evojax_merge.search.successive_halving import rung_shards, stratified_shards
 from evojax_merge.search.surrogate import append_candidates, empty_surrogate, predict_fitness
 from evojax_merge.steps.selection import open_evaluator
 
@@ -213,7 +214,7 @@ def test_nobody_meets_an_example_twice_and_the_whole_is_what_it_was():
     for generation in range(12):
         choice.evaluator.requests.clear()
         order = choose_examples(choice, known, 0, generation)
-        halved = successive_halving(order, everyone(16), known)
+        halved = halve(order, everyone(16), known)
         known = halved.surrogate
         requests = choice.evaluator.requests
         assert len(requests) == len(set(requests)) == halved.examples.sum()

@@ -459,7 +459,7 @@ def test_brevity_is_shown_where_it_is_asked_for(config_file: Path) -> None:
 
     def counted(evaluator: Any, population: Any, batched_task: Any, progress: Any) -> Any:
         asked.append(batched_task.task.name)
-        return generation.generate(evaluator, population, batched_task, progress)
+        return (yield from generation.generate(evaluator, population, batched_task, progress))
 
     steps: list[int] = []
     with pytest.MonkeyPatch.context() as patch:

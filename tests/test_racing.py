@@ -8,6 +8,7 @@ from helpers.files import read_lines, write_lines, write_yaml
 from helpers.sampling import sample
 from helpers.searches import open_problem, search_in
 
+from bench.searches.racing import halve
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import TaskScores, fitness
@@ -19,7 +20,6 @@ from evojax_merge.search.successive_halving import (
     order_shards,
     shard_order,
     stratified_shards,
-    successive_halving,
 )
 from evojax_merge.search.surrogate import RIDGES, append_candidates, empty_surrogate, predict_fitness, regress
 from evojax_merge.steps.selection import open_evaluator, open_evaluators
@@ -132,7 +132,7 @@ def test_the_poor_stop_early_and_nobody_meets_an_example_twice(population, rungs
     shards = known_blocks(truth, weights, rungs)
     order, steps = shard_order(len(shards), 0, 3), []
     examples = order_shards(shards, order)
-    halved = successive_halving(examples, everyone(population), init_surrogate(shards, 1), steps.append)
+    halved = halve(examples, everyone(population), init_surrogate(shards, 1), steps.append)
     assert sum(steps) == halving_passes(examples, population)
 
     requests = [one for shard in shards for one in shard.requests]
@@ -171,7 +171,7 @@ def test_who_meets_everything_scores_as_without_a_race():
     seen: dict[int, float] = {}
     known = init_surrogate(shards, 1)
     for generation in range(16):
-        halved = successive_halving(order_shards(shards, shard_order(8, 0, generation)), everyone(16), known)
+        halved = halve(order_shards(shards, shard_order(8, 0, generation)), everyone(16), known)
         known = halved.surrogate
         assert halved.complete.sum() == 2
         np.testing.assert_allclose(halved.fitness[halved.complete], expected[halved.complete], rtol=1e-6)
@@ -183,7 +183,7 @@ def test_who_meets_everything_scores_as_without_a_race():
 def test_one_block_is_no_race():
     truth = random_truth(9, 1.0, 3, {"a": 20})
     (shard,) = known_blocks(truth, {"a": 1.0}, 1)
-    halved = successive_halving(order_shards([shard], [0]), everyone(9), init_surrogate([shard], 1))
+    halved = halve(order_shards([shard], [0]), everyone(9), init_surrogate([shard], 1))
     np.testing.assert_array_equal(halved.fitness, fitness(shard.tasks, shard.score(everyone(9))))
     np.testing.assert_array_equal(np.argsort(halved.scores.predicted), np.argsort(halved.fitness))
     assert halved.complete.all() and (halved.examples == 20).all()
@@ -198,7 +198,7 @@ def test_failed_candidates_stop_and_leave_their_place():
     early, late = np.argsort(-quality)[:2]
     truth["a"][early, numbers(shards[order[0]].tasks[0])[0]] = np.nan
     truth["a"][late, numbers(shards[order[3]].tasks[0])[0]] = np.inf
-    halved = successive_halving(order_shards(shards, order), everyone(8), init_surrogate(shards, 1))
+    halved = halve(order_shards(shards, order), everyone(8), init_surrogate(shards, 1))
     assert halved.examples[early] == 16 and halved.examples[late] == 64
     for p in (early, late):
         assert np.isnan(halved.fitness[p]) and np.isnan(halved.scores.predicted[p]) and not halved.complete[p]
@@ -206,7 +206,7 @@ def test_failed_candidates_stop_and_leave_their_place():
     assert np.isfinite(halved.scores.predicted).sum() == 6
 
     truth["a"][:] = np.nan
-    halved = successive_halving(order_shards(shards, order), everyone(8), init_surrogate(shards, 1))
+    halved = halve(order_shards(shards, order), everyone(8), init_surrogate(shards, 1))
     assert (halved.examples == 16).all() and not halved.complete.any() and np.isnan(halved.scores.predicted).all()
 
 
@@ -217,7 +217,7 @@ def test_a_race_finds_the_best_where_as_many_passes_shared_evenly_do_not():
         truth = random_truth(16, 3.0, seed, {"a": 256})
         shards = known_blocks(truth, {"a": 1.0}, 4)
         order = order_shards(shards, shard_order(8, 0, seed))
-        halved = successive_halving(order, everyone(16), init_surrogate(shards, 1))
+        halved = halve(order, everyone(16), init_surrogate(shards, 1))
         best = int(np.argmax(truth["a"].mean(axis=1)))
         saved.append(1 - halved.examples.sum() / (16 * 256))
         found += int(np.nanargmax(halved.scores.predicted)) == best
@@ -431,7 +431,7 @@ def test_models_in_a_race_score_as_on_everything(family, tmp_path, space):
     genomes = problem.space.start + 0.3 * np.random.default_rng(0).standard_normal((8, problem.space.dims))
     genomes = genomes.astype(np.float32)
     order = order_shards(shards, shard_order(8, 0, 1))
-    halved = successive_halving(order, genomes, init_surrogate(shards, problem.space.dims))
+    halved = halve(order, genomes, init_surrogate(shards, problem.space.dims))
     expected = fitness(searched.tasks, searched.score(genomes))
     assert halved.complete.sum() == 1
     np.testing.assert_allclose(halved.fitness[halved.complete], expected[halved.complete], rtol=1e-5)

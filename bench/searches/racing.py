@@ -37,6 +37,8 @@ from evojax_merge.search.loop import Archive, evolve
 from evojax_merge.search.protocols import GenomeEvaluator, Progress, State
 from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.search.successive_halving import (
+    ExampleOrder,
+    HalvingResult,
     SplittableTask,
     example_lengths,
     init_surrogate,
@@ -47,6 +49,7 @@ from evojax_merge.search.successive_halving import (
     stratified_shards,
     successive_halving,
 )
+from evojax_merge.search.surrogate import SurrogateData
 from evojax_merge.steps.selection import open_evaluators, rescore
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task
@@ -125,6 +128,20 @@ class Replayed:
         return TaskScores({task.name: {task.metric: self.matrix[numbers]}})
 
 
+def halve(
+    order: ExampleOrder, genomes: np.ndarray, data: SurrogateData, progress: Progress = lambda done: None
+) -> HalvingResult:
+    """Evaluate genomes by successive halving (see `successive_halving`)."""
+    halving, scores = successive_halving(order, genomes, data), None
+    while True:
+        try:
+            evaluator, asked = halving.send(scores)
+        except StopIteration as end:
+            halved: HalvingResult = end.value
+            return halved
+        scores = evaluator.score(asked, progress)
+
+
 def matrix_of(evaluator: GenomeEvaluator, scores: TaskScores) -> np.ndarray:
     """float32[P, N] of the one task that is the fitness."""
     (task,) = (task for task in evaluator.tasks if task.weight > 0)
@@ -201,7 +218,7 @@ def rank(
                 if name == "race"
                 else choose_examples(choice, data, seed, generation)
             )
-            result = successive_halving(order, genomes, data)
+            result = halve(order, genomes, data)
             known[name] = result.surrogate
             rankings[name].append(compare(result.scores.fitness, truth))
         share = int(result.examples.sum()) // len(matrix)

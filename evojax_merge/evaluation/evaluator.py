@@ -5,15 +5,20 @@ population's route. Generation materialises a chunk of candidates first, and dra
 candidates. A pass that runs out of memory is retried with fewer candidates or rows.
 """
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self, TypeVar
+from threading import Event
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from evojax_merge.errors import Failed
+from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask, halve_batches
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices, free_memory
 from evojax_merge.evaluation.generation import Continuations, generate
@@ -26,6 +31,7 @@ from evojax_merge.evaluation.populations import (
     StreamedPopulation,
     stored,
 )
+from evojax_merge.evaluation.programs import Each, Evaluation, Job, Program
 from evojax_merge.evaluation.responses import arrays_of, score_task
 from evojax_merge.evaluation.routes.whole import MATERIALISE_FRACTION
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, joined, task_weights
@@ -40,7 +46,6 @@ from evojax_merge.tasks.batches import ScoringBatch
 from evojax_merge.tasks.task import Task
 
 Progress = Callable[[int], None]
-Result = TypeVar("Result")
 
 
 def compiled_temporary_bytes(traced: TracedPass) -> int | None:
@@ -111,13 +116,13 @@ class Evaluator:
         prompts, which are generated here."""
         scores = TaskScores({})
         written: dict[Hashable, Continuations] = {}
-        run = partial(population.route.score, self, population)
+        score = partial(population.route.score, self, population)
         for numbers in population.route.groups(range(len(self.batched_tasks))):
-            for i, responses in zip(numbers, self.retry_on_oom(numbers, run, progress), strict=True):
+            for i, responses in zip(numbers, self.run(numbers, score, progress), strict=True):
                 task, requests = self.batched_tasks[i].task, self.batched_tasks[i].requests
                 asked, prompts = requests.generated, self.batched_tasks[i].prompts
                 if asked not in written:
-                    written[asked] = self.retry_on_oom([i], partial(generate, self, population), progress)
+                    written[asked] = self.run([i], partial(generate, self, population), progress)
                 elif prompts is not None:
                     progress(len(prompts.batches) * population.size)
                 texts, lengths, nonfinite = written[asked].texts, written[asked].lengths, written[asked].nonfinite
@@ -140,8 +145,9 @@ class Evaluator:
         matrices, gradient = {}, jax.tree.map(np.zeros_like, population.candidates)
         for group in population.route.groups(task_weights(self.tasks, goal)):
             numbers = [self.tasks.index(task) for task, _ in group]
-            run = partial(population.route.differentiate, self, population, [weight for _, weight in group])
-            responses, part = self.retry_on_oom(numbers, run, progress)
+            weights = [weight for _, weight in group]
+            differentiate = partial(population.route.differentiate, self, population, weights)
+            responses, part = self.run(numbers, differentiate, progress)
             for (task, _), answered in zip(group, responses, strict=True):
                 scored = score_task(task, answered, np.zeros(len(answered.totals), bool))
                 matrices[task.name] = {task.metric: scored[task.metric]}
@@ -165,10 +171,10 @@ class Evaluator:
         alone = replace(self, chunk=1, devices=ONE_DEVICE, chunk_sizes={})
         return alone.score(stored(model), progress)
 
-    def retry_on_oom(self, numbers: Sequence[int], run: Callable[..., Result], progress: Progress) -> Result:
-        """Run an evaluation of the tasks `numbers`; where it is out of memory, with half the candidates or rows in a
-        pass, until it fits. run: takes the batched tasks, and `progress`. Raises Failed where one candidate and one row
-        do not fit."""
+    def run(self, numbers: Sequence[int], evaluation: Callable[..., Evaluation], progress: Progress) -> Any:
+        """The result of an evaluation of the tasks `numbers`; where it is out of memory, it runs again with half the
+        candidates or rows in a pass, until it fits. evaluation: takes the batched tasks, and `progress`. Raises Failed
+        where one candidate and one row do not fit."""
         while True:
             done = 0
 
@@ -178,11 +184,11 @@ class Evaluator:
                 progress(passes)
 
             try:
-                return run(*(self.batched_tasks[i] for i in numbers), progress=count)
+                return execute(evaluation(*(self.batched_tasks[i] for i in numbers), progress=count))
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                halved = [self._halve(i) for i in numbers]
+                halved = [self.halve(i) for i in numbers]
                 if not any(halved):
                     names = ", ".join(self.batched_tasks[i].task.name for i in numbers)
                     raise Failed(
@@ -192,7 +198,9 @@ class Evaluator:
                 # Passes that run again are not counted twice.
                 progress(-done)
 
-    def _halve(self, i: int) -> bool:
+    def halve(self, i: int) -> bool:
+        """Take half the candidates of a task, or half its rows, in a pass from now on. Return False where it is one of
+        each."""
         batched_task, halved = self.batched_tasks[i], False
         for key, chunk in self.chunk_sizes.items():
             if key[0] == batched_task.task.name and chunk > 1:
@@ -214,6 +222,81 @@ class Evaluator:
         where there is room for both. Processes that share their devices' passes must ask for them in the same order."""
         alone = self.devices.mesh is None and not self.target.is_accelerator
         return alone and 2 * model <= MATERIALISE_FRACTION * self.free_memory()
+
+
+def execute(evaluation: Evaluation) -> Any:
+    """Run an evaluation, and return its result. Each job is started before the one before it is waited for, and no
+    more, so that an interruption does not wait long.
+
+    An accelerator queues its work, and only has to be kept busy. A CPU runs the work of one thread one after the other,
+    and leaves cores idle wherever there is little to do: there jobs may have threads of their own.
+    """
+    cancelled = Event()
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        stack.callback(cancelled.set)
+        running: deque[tuple[Each, Any]] = deque()
+        sent: Any = None
+        try:
+            while True:
+                item = evaluation.send(sent)
+                sent = None
+                if isinstance(item, Program):
+                    sent = run_program(item, cancelled)
+                else:
+                    for job in item.jobs:
+                        outcome = pool.submit(_finish, job, cancelled) if item.threads else _run(job, cancelled)
+                        running.append((item, outcome))
+                        while len(running) > 1:
+                            sent = _take(running, sent)
+                    while item.keep is not None and running:
+                        sent = _take(running, sent)
+                # Its arrays may be freed while the next program is made.
+                del item
+        except StopIteration as end:
+            while running:
+                _take(running, None)
+            return end.value
+
+
+def run_program(program: Program, cancelled: Event) -> Any:
+    """The results of a program on its arguments. `cancelled` ends a loop before it is done."""
+    if program.loop is None:
+        results = program.function(*program.arguments)
+    else:
+        results = program.first
+        while not cancelled.is_set() and (arguments := program.loop(results)) is not None:
+            results = program.function(*arguments)
+    if program.read is not None:
+        program.read(results)
+    return results
+
+
+def _run(job: Job, cancelled: Event) -> Any:
+    """Run a job's programs. Nobody waits for its result once `cancelled` is set."""
+    results = None
+    try:
+        while not cancelled.is_set():
+            results = run_program(job.send(results), cancelled)
+    except StopIteration as end:
+        return end.value
+    job.close()
+    return None
+
+
+def _finish(job: Job, cancelled: Event) -> Any:
+    return jax.block_until_ready(_run(job, cancelled))
+
+
+def _take(running: deque[tuple[Each, Any]], total: Any) -> Any:
+    """Wait for the first of the running jobs, and read it. Return the sum that is kept with it."""
+    each, outcome = running.popleft()
+    result = outcome.result() if isinstance(outcome, Future) else outcome
+    each.read(result)
+    if each.keep is None:
+        return total
+    part = each.keep(result)
+    return part if total is None else passes.add(total, part)
 
 
 # (the evaluator, what candidates are made of, candidates) -> their populations: more than one where memory has no room

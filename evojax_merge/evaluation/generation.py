@@ -17,6 +17,7 @@ from evojax_merge.evaluation.passes import DecodeSpec, abstract_results, trace
 from evojax_merge.evaluation.planned_passes import JaxprReader, abstract_result
 from evojax_merge.evaluation.populations import Population, Source, Sourcing
 from evojax_merge.evaluation.programs import (
+    ALL_READ,
     DECODE,
     PREFILL,
     START,
@@ -25,7 +26,6 @@ from evojax_merge.evaluation.programs import (
     Evaluation,
     Job,
     Program,
-    execute,
 )
 from evojax_merge.evaluation.routes.whole import MATERIALISE_FRACTION, read_prefix
 from evojax_merge.evaluation.targets import Target
@@ -82,16 +82,15 @@ class Continuations:
 
 def generate(
     evaluator: "Evaluator", population: Population, batched_task: BatchedTask, progress: "Progress"
-) -> Continuations:
-    """A population's continuations of a task's prompts."""
+) -> Evaluation:
+    """A population's `Continuations` of a task's prompts."""
     prompts, size = len(batched_task.requests.prompts), population.size
     written = Continuations([[""] * prompts for _ in range(size)], [[] for _ in range(size)], np.zeros(size, bool))
     if batched_task.prompts is None:
         return written
-    model = evaluator.devices.candidate_bytes(population.model_shape())
     chunk = generation_chunk(evaluator, population, batched_task)
-    work = generating(evaluator, population, batched_task, chunk, written, progress)
-    execute(work, evaluator.runs_two_jobs(model))
+    yield from generating(evaluator, population, batched_task, chunk, written, progress)
+    yield ALL_READ
     return written
 
 
@@ -111,6 +110,7 @@ def generating(
 ) -> Evaluation:  # fmt: skip
     """Continue a task's prompts, `chunk` candidates on each device together; enters the results in `written`."""
     task, requests = batched_task.task, batched_task.requests
+    threads = evaluator.runs_two_jobs(evaluator.devices.candidate_bytes(population.model_shape()))
     counts_tokens = any(other.requests.counts_tokens for other in evaluator.batched_tasks)
 
     def read(result: tuple[np.ndarray, np.ndarray]) -> None:
@@ -129,7 +129,7 @@ def generating(
         _job(evaluator, population, batched_task, rows, candidates, progress)
         for rows, candidates in population.chunks(chunk * evaluator.devices.population)
     )
-    yield Each(jobs, read)
+    yield Each(jobs, read, threads=threads)
 
 
 def _job(

@@ -17,10 +17,11 @@ import numpy as np
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.evaluator import Evaluator, Progress
-from evojax_merge.evaluation.generation import Continuations, generate
+from evojax_merge.evaluation.generation import generate
 from evojax_merge.evaluation.passes import logprobs_from_hidden
 from evojax_merge.evaluation.populations import DifferentiablePopulation, stored
-from evojax_merge.evaluation.responses import arrays_of, score_task
+from evojax_merge.evaluation.programs import HEAD, LAYER, Evaluation, Program
+from evojax_merge.evaluation.responses import arrays_of, enter, score_task
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, task_weights
 from evojax_merge.models.architecture import architecture_of
 from evojax_merge.models.config import DecoderConfig
@@ -34,6 +35,7 @@ from evojax_merge.models.paths import (
     StreamedPathBank,
     embed_batch,
     path_config,
+    run_layers,
 )
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.tasks.batches import ScoringBatch
@@ -147,8 +149,8 @@ class PathEvaluator:
         for key in fresh:
             self.score_cache[key], self.outputs[key] = {}, {}
         for i in range(len(batched_tasks)) if fresh else ():
-            task, run = batched_tasks[i].task, partial(self._answers, fresh)
-            answers, nonfinite = self.evaluator.retry_on_oom([i], run, progress)
+            task = batched_tasks[i].task
+            answers, nonfinite = self.evaluator.run([i], partial(self._answers, fresh), progress)
             computed = score_task(task, answers, nonfinite)
             for k, key in enumerate(fresh):
                 self.score_cache[key][task.name] = {metric: scores[k] for metric, scores in computed.items()}
@@ -208,9 +210,7 @@ class PathEvaluator:
             self.work.steps_requested += steps
         return TaskScores(matrices), gradients
 
-    def _answers(
-        self, fresh: dict[Key, LayerPath], batched_task: BatchedTask, progress: Progress
-    ) -> tuple[Responses, np.ndarray]:
+    def _answers(self, fresh: dict[Key, LayerPath], batched_task: BatchedTask, progress: Progress) -> Evaluation:
         """The responses of P distinct paths to a task's requests, and bool[P], true for paths whose logits were not
         finite."""
         keys = list(fresh)
@@ -218,23 +218,20 @@ class PathEvaluator:
         batches = batched_task.scoring.batches if batched_task.scoring is not None else []
         # The states of all batches wait between two layers, or those of one alone.
         for together in [batches] if self.bank.by_layer and batches else [[batch] for batch in batches]:
-            for member, batch, results in self._walk(keys, together, batched_task, progress):
-                real = batch.rows >= 0
-                answers.totals[member, batch.rows[real]], answers.greedy[member, batch.rows[real]] = (
-                    np.asarray(part)[real] for part in results
-                )
+            yield from self._walk(keys, together, batched_task, answers, progress)
         texts, nonfinite = [[""] * len(batched_task.requests.prompts) for _ in keys], np.zeros(len(keys), bool)
         lengths: list[list[int]] = [[] for _ in keys]
         if batched_task.prompts is not None:
             for k, key in enumerate(keys):
-                written = self._generate(fresh[key], batched_task, progress)
+                written = yield from self._generate(fresh[key], batched_task, progress)
                 (texts[k],), (lengths[k],), (nonfinite[k],) = written.texts, written.lengths, written.nonfinite
         return replace(answers, texts=texts, lengths=lengths), nonfinite
 
     def _walk(
-        self, keys: Sequence[Key], batches: Sequence[ScoringBatch], batched_task: BatchedTask, progress: Progress
-    ) -> Iterator[tuple[int, ScoringBatch, tuple[jax.Array, jax.Array]]]:
-        """Every distinct path on some batches: the path's number, a batch, and its answers, float32[R] and bool[R]."""
+        self, keys: Sequence[Key], batches: Sequence[ScoringBatch], batched_task: BatchedTask, answers: Responses,
+        progress: Progress,
+    ) -> Evaluation:  # fmt: skip
+        """Score every distinct path on some batches; enters the results in `answers`."""
         config = self.evaluator.config
         for parent in sorted({embedding_parent for _, embedding_parent in keys}):
             source = self.bank.ends(parent)
@@ -242,14 +239,28 @@ class PathEvaluator:
             states = [[self._embed(source, batch, batched_task) for batch in batches]]
             for depth, steps, ended in segments(build_trie([keys[i][0] for i in members])):
                 del states[depth + 1 :]
-                states.append(self.bank.run(config, states[depth], steps, self.max_length))
-                self.work.steps_run += len(steps) * len(batches)
+                states.append((yield from self._through(steps, states[depth])))
                 if ended is None:
                     continue
                 for batch, state in zip(batches, states[-1], strict=True):
                     logits_fn, arrays = batched_task.requests.logits_fn, arrays_of(batch)
-                    yield members[ended], batch, _score(config, logits_fn, source, state.rows.hidden, arrays)
+                    arguments = (config, logits_fn, source, state.rows.hidden, arrays)
+                    results = yield Program(HEAD, _score, arguments, candidates=1)
+                    enter(answers, np.array([members[ended]]), batch, [np.asarray(part)[None] for part in results])
                     progress(1)
+
+    def _through(self, steps: Sequence[Step], states: Sequence[Activations]) -> Evaluation:
+        """Take the states of some batches through some steps."""
+        for bank, *arrays in self.bank.parts(steps, self.max_length):
+            before, states = states, []
+            for state in before:
+                arguments = (self.evaluator.config, bank, state, *arrays)
+                states.append((yield Program(LAYER, run_layers, arguments, candidates=1)))
+            if self.bank.by_layer:
+                # The layer before is free when the one after this is on its way.
+                jax.block_until_ready(states)
+        self.work.steps_run += len(steps) * len(states)
+        return states
 
     def _embed(self, source: StackedWeights, batch: ScoringBatch, batched_task: BatchedTask) -> Activations:
         assert batched_task.scoring is not None
@@ -262,8 +273,8 @@ class PathEvaluator:
             images.of_prefix(before),
         )  # fmt: skip
 
-    def _generate(self, path: LayerPath, batched_task: BatchedTask, progress: Progress) -> Continuations:
-        """The continuations of a task's prompts by one path."""
+    def _generate(self, path: LayerPath, batched_task: BatchedTask, progress: Progress) -> Evaluation:
+        """The `Continuations` of a task's prompts by one path."""
         rounded = -(-len(path.layers) // DEPTH_BUCKET) * DEPTH_BUCKET
         model, config = self.bank.materialise(path, self.evaluator.config, rounded)
         assert batched_task.prompts is not None
@@ -272,4 +283,4 @@ class PathEvaluator:
         # Images add nothing behind the layers that only fill up the depth.
         images = None if images is None else images.within(len(path.layers))
         runner = replace(self.evaluator, config=config, batched_tasks=[batched_task], images=images)
-        return generate(runner, stored(model), batched_task, progress)
+        return (yield from generate(runner, stored(model), batched_task, progress))

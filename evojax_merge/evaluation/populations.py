@@ -26,7 +26,6 @@ from evojax_merge.evaluation.routes import by_layer, whole
 from evojax_merge.models.bank import Bank, LeafBank, Recipe
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
-from evojax_merge.tasks.task import Responses
 
 if TYPE_CHECKING:
     from evojax_merge.evaluation.evaluator import Evaluator
@@ -39,13 +38,15 @@ class Route(Protocol):
         """The tasks that run together."""
 
     @property
-    def score(self) -> Callable[..., list[Responses]]:
-        """(evaluator, population, *a group's tasks, progress) -> the responses to each task's rows, without texts."""
+    def score(self) -> Callable[..., Evaluation]:
+        """(evaluator, population, *a group's tasks, progress) -> an evaluation that returns the responses to each
+        task's rows, without texts."""
 
     @property
-    def differentiate(self) -> Callable[..., tuple[list[Responses], Any]]:
-        """(evaluator, population, weights, *a group's tasks, progress) -> each task's responses, and the derivative of
-        the weighted sum of the tasks' mean scores with respect to the candidates' arrays, float32."""
+    def differentiate(self) -> Callable[..., Evaluation]:
+        """(evaluator, population, weights, *a group's tasks, progress) -> an evaluation that returns each task's
+        responses, and the derivative of the weighted sum of the tasks' mean scores with respect to the candidates'
+        arrays, float32."""
 
     def planned_scoring(self, evaluator: "Evaluator", population: Any, batched_task: BatchedTask) -> Evaluation: ...
     def planned_gradient(self, evaluator: "Evaluator", population: Any, batched_task: BatchedTask) -> Evaluation: ...

@@ -9,7 +9,7 @@ projections (OLMo 2), its output is multiplied all the same, which is then the m
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -69,6 +69,10 @@ class PathSpec:
         return tuple((k, i) for k, config in enumerate(self.configs) for i in range(config.layers))
 
 
+# A bank, and the layers, residual scales and count that `run_layers` takes with it.
+LayerRun = tuple["PathBank", np.ndarray, np.ndarray, np.int32]
+
+
 @struct.dataclass
 class PathBank:
     """All layers of all parents in one series. layers: stack -> leaf -> `[M_s, …]`, of the stacks that a path walks
@@ -106,15 +110,12 @@ class PathBank:
         shared = {name: leaves[parent].astype(dtype) for name, leaves in self.shared.items()}
         return StackedWeights({LAYERS: {}}, shared, self.compute_dtype)
 
-    def run(
-        self, config: DecoderConfig, states: "Sequence[Activations]", steps: Sequence[Step], capacity: int
-    ) -> "list[Activations]":
-        """Take the states of some batches through some steps, `capacity` at most."""
+    def parts(self, steps: Sequence[Step], capacity: int) -> Iterator[LayerRun]:
+        """The calls of `run_layers` that take states through some steps, `capacity` at most."""
         layers, residual_scales = np.zeros(capacity, np.int32), np.zeros(capacity, np.float32)
         layers[: len(steps)] = [layer for layer, _ in steps]
         residual_scales[: len(steps)] = [value for _, value in steps]
-        count = np.int32(len(steps))
-        return [run_layers(config, self, state, layers, residual_scales, count) for state in states]
+        yield self, layers, residual_scales, np.int32(len(steps))
 
     def steps_by_stack(self, layers: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """For each stack that a path's layers have, the rows `int32[T_s]` of those that have it, and their places
@@ -187,15 +188,10 @@ class StreamedPathBank:
     def ends(self, parent: int) -> StackedWeights:
         return replace(self.layout, shared={name: (leaf,) for name, leaf in self.load_ends(parent).items()}).ends(0)
 
-    def run(
-        self, config: DecoderConfig, states: "Sequence[Activations]", steps: Sequence[Step], capacity: int
-    ) -> "list[Activations]":
-        first, one, behind = np.zeros(1, np.int32), np.int32(1), list(states)
+    def parts(self, steps: Sequence[Step], capacity: int) -> Iterator[LayerRun]:
+        first, one = np.zeros(1, np.int32), np.int32(1)
         for (_, layer), (_, scale) in zip(load_ahead(self.layer, [m for m, _ in steps]), steps, strict=True):
-            scales = np.full(1, scale, np.float32)
-            # The layer before is free when the one after this is on its way.
-            behind = jax.block_until_ready([run_layers(config, layer, state, first, scales, one) for state in behind])
-        return behind
+            yield layer, first, np.full(1, scale, np.float32), one
 
     def materialise(self, path: LayerPath, config: DecoderConfig, steps: int) -> tuple[StackedWeights, DecoderConfig]:
         layers, scales = padded_steps(path, steps)

@@ -130,7 +130,13 @@ class Schedule:
             else choose_examples(self._choice, surrogate, self._problem.seed, number)
         )  # fmt: skip
         reporter.evaluating(number, halving_passes(order, len(genomes)))
-        halved = successive_halving(order, genomes, surrogate, reporter.advanced)
+        halving, scores = successive_halving(order, genomes, surrogate), None
+        try:
+            while True:
+                evaluator, asked = halving.send(scores)
+                scores = evaluator.score(asked, reporter.advanced)
+        except StopIteration as end:
+            halved: HalvingResult = end.value
         broken = {"guards_broken": int((halved.fitness <= BROKEN).sum())} if goal_of(shards[0]).guards else {}
         return Evaluated(
             order.parts[0].evaluator.tasks, halved, "all examples", float(halved.examples.sum() / self._examples),

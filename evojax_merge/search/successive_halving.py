@@ -8,7 +8,7 @@ another in the long run, and a search cannot overfit to the first shard. With on
 everything. Instead of shards that take turns, examples can be chosen for each generation (search.example_choice).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores, TaskScores, means, ranked_fitness, task_weights
-from evojax_merge.search.protocols import GenomeEvaluator, Progress, goal_of
+from evojax_merge.search.protocols import GenomeEvaluator, goal_of
 from evojax_merge.search.surrogate import HISTORY, SurrogateData, append_candidates, empty_surrogate, predict_fitness
 from evojax_merge.tasks.task import SplittableTask, Task
 
@@ -173,13 +173,12 @@ def init_surrogate(shards: Sequence[GenomeEvaluator], dims: int) -> SurrogateDat
     return empty_surrogate(HISTORY if len(shards) > 1 else 1, dims, examples)
 
 
-def successive_halving(
-    order: ExampleOrder,
-    genomes: np.ndarray,
-    surrogate: SurrogateData,
-    progress: Progress = lambda done: None,
-) -> HalvingResult:
-    """Evaluate genomes `float32[P, D]` by successive halving over examples, which are taken in `order`."""
+# Yields what is to be scored: genomes, by an evaluator; and is sent their scores.
+Halving = Generator[tuple[GenomeEvaluator, np.ndarray], Any, HalvingResult]
+
+
+def successive_halving(order: ExampleOrder, genomes: np.ndarray, surrogate: SurrogateData) -> Halving:
+    """Successive halving of genomes `float32[P, D]` over examples, which are taken in `order`."""
     parts, population, tasks = order.parts, len(genomes), order.parts[0].evaluator.tasks
     values, predicted, examples = np.full(population, np.nan), np.full(population, np.nan), np.zeros(population, int)
     matrix, goal = empty_matrix(parts, population), goal_of(parts[0].evaluator)
@@ -201,7 +200,7 @@ def successive_halving(
     running, begin = np.arange(population), 0
     for rung, end in enumerate(rung_shards(len(parts))):
         for part in parts[begin:end]:
-            evaluated.append(part.evaluator.score(genomes[running], progress))
+            evaluated.append((yield part.evaluator, genomes[running]))
             part.enter(evaluated[-1], running, matrix)
         if rung == 0:
             first = evaluated[0]

@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from evojax_merge.checkpoints.decoder_folder import PROJECTOR
-from evojax_merge.errors import Failed
 from evojax_merge.evaluation.batched_tasks import BatchedTask, in_batches_of
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of
-from evojax_merge.evaluation.evaluator import Evaluator, Progress, no_progress
+from evojax_merge.evaluation.evaluator import Evaluator, no_progress
 from evojax_merge.evaluation.generation import Continuations, generating, generation_chunk
+from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.planned_passes import (
     DeviceSizes,
     JaxprReader,
@@ -204,15 +205,6 @@ def passes_of_task(
         most = max((sized_pass.needed_bytes for sized_pass in passes), default=0)
         return not evaluator.target.is_accelerator or most <= evaluator.free_memory() / MEMORY_SHARE
 
-    def fitting(task: BatchedTask, progress: Progress) -> list[SizedPass]:
-        sized_passes = sized(evaluator, task, ask)
-        if not fits(sized_passes):
-            # Where the least does not fit, halving again and again is in vain.
-            if not fits(least()):
-                raise _NothingFits
-            raise MemoryError
-        return sized_passes
-
     @cache
     def least() -> list[SizedPass]:
         alone = replace(evaluator, chunk=1, chunk_sizes={})
@@ -222,21 +214,23 @@ def passes_of_task(
     has_no_room = has_no_room or not _holds_candidate(evaluator, population, [evaluator.batched_tasks[i]])
     if has_no_room and evaluator.target.is_accelerator:
         return least()
-    try:
-        sized_passes: list[SizedPass] = evaluator.retry_on_oom([i], fitting, no_progress)
-    except (_NothingFits, Failed):
-        sized_passes = least()
-    return sized_passes
+    while True:
+        try:
+            sized_passes = sized(evaluator, evaluator.batched_tasks[i], ask)
+            if fits(sized_passes):
+                return sized_passes
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Where the least does not fit, halving again and again is in vain.
+        if not fits(least()) or not evaluator.halve(i):
+            return least()
 
 
 def _holds_candidate(evaluator: Evaluator, population: Population, tasks: Sequence[BatchedTask]) -> bool:
     """Return whether a device has room for its part of a candidate that generates, which is there as a whole."""
     shape = population.model_shape() if any(task.prompts is not None for task in tasks) else None
     return shape is None or evaluator.devices.candidate_bytes(shape) <= evaluator.free_memory() / MEMORY_SHARE
-
-
-class _NothingFits(Exception):
-    """Not even one candidate's pass over one row fits."""
 
 
 _NOTHING = Continuations([], [], np.zeros(0))

@@ -33,7 +33,6 @@ from evojax_merge.evaluation.programs import (
     Evaluation,
     Job,
     Program,
-    execute,
 )
 from evojax_merge.evaluation.responses import enter, score_gradients
 from evojax_merge.models.architecture import LAYERS, types_of_layers
@@ -126,36 +125,34 @@ def groups(tasks: Sequence[Any]) -> list[Sequence[Any]]:
 
 def score(
     evaluator: "Evaluator", population: "StreamedPopulation", *tasks: BatchedTask, progress: "Progress"
-) -> list[Responses]:
+) -> Evaluation:
     """The responses to the rows of all tasks, without texts, in one run through the layers."""
     responses = [batched_task.requests.unanswered(population.size) for batched_task in tasks]
     if any(batched_task.scoring is not None for batched_task in tasks):
         chunk = scoring_chunk(evaluator, population)
         waits = _states_placement(evaluator, tasks, population.size)
-        work = _scoring(evaluator, population, tasks, chunk, responses, progress, waits)
-        execute(work, evaluator.runs_two_jobs(population.parts.layer_bytes))
+        yield from _scoring(evaluator, population, tasks, chunk, responses, progress, waits)
     return responses
 
 
 def differentiate(
     evaluator: "Evaluator", population: "StreamedPopulation", weights: Sequence[float], *tasks: BatchedTask,
     progress: "Progress",
-) -> tuple[list[Responses], Any]:  # fmt: skip
+) -> Evaluation:  # fmt: skip
     """See `whole.differentiate`; all tasks in two runs through the layers."""
     responses = [batched_task.requests.unanswered(population.size) for batched_task in tasks]
     if any(batched_task.task.derivative == "nonlinear" for batched_task in tasks):
         # The weight of a total depends on the others, which may be in other batches.
-        responses = score(evaluator, population, *tasks, progress=lambda done: None)
+        responses = yield from score(evaluator, population, *tasks, progress=lambda done: None)
     row_weights = [
         score_gradients(batched_task.task, answered, weight)
         for batched_task, answered, weight in zip(tasks, responses, weights, strict=True)
     ]
     gradient: Recipe = jax.tree.map(np.zeros_like, population.candidates)
-    work = _differentiating(
+    yield from _differentiating(
         evaluator, population.differentiable(), tasks, scoring_chunk(evaluator, population), row_weights, responses,
         gradient, progress, _kept_states(evaluator, tasks, population),
     )  # fmt: skip
-    execute(work, evaluator.runs_two_jobs(2 * population.parts.layer_bytes))
     return responses, gradient
 
 
@@ -206,10 +203,10 @@ def _layout(arrays: dict[str, Any]) -> dict[str, Any]:
     return {name: arrays[name] for name in LAYOUT if name in arrays}
 
 
-def _side_by_side(jobs: Iterator[Job]) -> Each:
+def _side_by_side(threads: bool, jobs: Iterator[Job]) -> Each:
     """Jobs, each waited for: no more than two of them have arrays of their own, and the next layer is on its way
     meanwhile. All end before others begin, which find their results in place."""
-    return Each(jobs, jax.block_until_ready, lambda result: None)
+    return Each(jobs, jax.block_until_ready, lambda result: None, threads)
 
 
 def _scoring(
@@ -222,11 +219,12 @@ def _scoring(
     inputs = [inputs_of(evaluator, batched_task) for batched_task in tasks]
     chunks = [Chunk(rows, candidates) for rows, candidates in population.chunks(chunk)]
     parts = population.parts.bring([one.candidates for one in chunks])
+    side_by_side = partial(_side_by_side, evaluator.runs_two_jobs(population.parts.layer_bytes))
 
     def each(job: Callable[["Part", Chunk], Job]) -> Each:
         """A job for each chunk and its part of the next of `parts`, which is gone when the jobs are."""
         bring = next(parts)
-        return _side_by_side(job(bring(one.candidates), one) for one in chunks)
+        return side_by_side(job(bring(one.candidates), one) for one in chunks)
 
     yield each(partial(_embed, spec, inputs, waits))
     depth = population.parts.depth
@@ -332,14 +330,15 @@ def _differentiating(
     spec = passes.PassSpec(evaluator.config, population.factory, evaluator.devices.mesh)
     inputs = [inputs_of(evaluator, batched_task) for batched_task in tasks]
     chunks = [Chunk(rows, recipes) for rows, recipes in population.chunks(chunk)]
+    side_by_side = partial(_side_by_side, evaluator.runs_two_jobs(2 * population.parts.layer_bytes))
 
     ends = bank.embedding_leaves()
-    yield _side_by_side(_embed(spec, inputs, waits, (ends, one.candidates.shared), one) for one in chunks)
+    yield side_by_side(_embed(spec, inputs, waits, (ends, one.candidates.shared), one) for one in chunks)
     ends = bank.resident_leaves(ends)
     counted = _LayerProgress(progress, 2 * bank.depth, sum(len(task.batches) for task in inputs) * population.size)
     for number, leaves in bank.layers(range(bank.depth)):
         forward = partial(_forward_layer, spec, number, inputs, waits, True)
-        yield _side_by_side(forward(layer_part(number, leaves, one.candidates), one) for one in chunks)
+        yield side_by_side(forward(layer_part(number, leaves, one.candidates), one) for one in chunks)
         counted.layer_done()
         del leaves
 
@@ -365,11 +364,11 @@ def _differentiating(
             slopes.behind.prefixes.append(jax.tree.map(_zeros, last.prefixes[i]))
             slopes.behind.batches.append(cotangents)
 
-    yield _side_by_side(map(answering, chunks, derivatives))
+    yield side_by_side(map(answering, chunks, derivatives))
     ends = {}
     for number, leaves in bank.layers(range(bank.depth)[::-1]):
         backward = partial(_backward_layer, spec, number, leaves, inputs, waits, gradient)
-        yield _side_by_side(map(backward, chunks, derivatives))
+        yield side_by_side(map(backward, chunks, derivatives))
         counted.layer_done()
         del leaves, backward
 
@@ -387,7 +386,7 @@ def _differentiating(
                 slopes.ends = yield from _sum(slopes.ends, slope, chunk)
         _add_rows(gradient.shared, one.rows, slopes.ends)
 
-    yield _side_by_side(map(finishing, chunks, derivatives))
+    yield side_by_side(map(finishing, chunks, derivatives))
 
 
 def layer_part(number: int, leaves: Any, recipes: Recipe) -> "Part":

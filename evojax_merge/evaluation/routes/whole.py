@@ -17,6 +17,7 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask, halve_batches
 from evojax_merge.evaluation.devices import on_host, pad_chunk, size_of
 from evojax_merge.evaluation.passes import TracedPass, trace
 from evojax_merge.evaluation.programs import (
+    ALL_READ,
     GRADIENT,
     PREFIX,
     PREFIX_GRADIENT,
@@ -26,7 +27,6 @@ from evojax_merge.evaluation.programs import (
     Evaluation,
     Job,
     Program,
-    execute,
 )
 from evojax_merge.evaluation.responses import enter, score_gradients
 from evojax_merge.models.decoder import LayerStates
@@ -50,34 +50,35 @@ def groups(tasks: Sequence[Any]) -> list[list[Any]]:
 
 def score(
     evaluator: "Evaluator", population: "Population", batched_task: BatchedTask, progress: "Progress"
-) -> list[Responses]:
+) -> Evaluation:
     """The responses to the rows of a task, without texts."""
     responses = batched_task.requests.unanswered(population.size)
     if batched_task.scoring is not None:
         chunk = scoring_chunk(evaluator, population, batched_task)
-        scoring = _scoring(evaluator, population, batched_task, chunk, responses, progress)
-        execute(scoring, evaluator.runs_two_jobs(0))
+        yield from _scoring(evaluator, population, batched_task, chunk, responses, progress)
+        yield ALL_READ
     return [responses]
 
 
 def differentiate(
     evaluator: "Evaluator", scored: "Population", weights: Sequence[float], batched_task: BatchedTask,
     progress: "Progress",
-) -> tuple[list[Responses], Any]:  # fmt: skip
+) -> Evaluation:  # fmt: skip
     """A task's responses, and the derivative of its weight times the mean of its scores."""
     population = scored.differentiable()
     responses = batched_task.requests.unanswered(population.size)
     if batched_task.task.derivative == "nonlinear":
         # The weight of a total depends on the others, which may be in other batches.
-        (responses,) = score(evaluator, scored, batched_task, lambda done: None)
+        (responses,) = yield from score(evaluator, scored, batched_task, lambda done: None)
     row_weights = score_gradients(batched_task.task, responses, *weights)
     gradient = jax.tree.map(np.zeros_like, population.candidates)
-    model = evaluator.devices.candidate_bytes(population.model_shape())
+    threads = evaluator.runs_two_jobs(evaluator.devices.candidate_bytes(population.model_shape()))
     size = gradient_chunk(evaluator, population, batched_task) * evaluator.devices.population
     for rows, candidates in population.chunks(size):
         padded = pad_chunk(row_weights, rows, size)
-        work = _differentiating(evaluator, population, batched_task, rows, candidates, padded, responses, progress)
-        part = execute(work, evaluator.runs_two_jobs(model))
+        part = yield from _differentiating(
+            evaluator, population, batched_task, rows, candidates, padded, responses, progress, threads
+        )
         for leaf, leaf_part in zip(jax.tree.leaves(gradient), jax.tree.leaves(part), strict=True):
             leaf[rows] = on_host(leaf_part)[: len(rows)]
     return [responses], gradient
@@ -97,7 +98,7 @@ def planned_gradient(evaluator: "Evaluator", scored: "Population", batched_task:
     first, nobody = population.first(size), batched_task.requests.unanswered(size)
     return _differentiating(
         evaluator, population, batched_task, np.arange(size), first.candidates, nobody.totals, nobody,
-        lambda done: None,
+        lambda done: None, threads=False,
     )  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def _scoring(
 ) -> Evaluation:  # fmt: skip
     """Score a task's rows, `chunk` candidates on each device together; enters the results in `responses`."""
     assert batched_task.scoring is not None
-    scoring, mesh = batched_task.scoring, evaluator.devices.mesh
+    scoring, mesh, threads = batched_task.scoring, evaluator.devices.mesh, evaluator.runs_two_jobs(0)
     # Each pass would redo the merge, so where there are several, and room for the chunk, it is done once.
     materialised = len(scoring.batches) > 1 and _fits_materialised(evaluator, population, chunk)
     for rows, candidates in population.chunks(chunk * evaluator.devices.population):
@@ -131,7 +132,7 @@ def _scoring(
             enter(responses, rows, batch, answers)
             progress(len(rows))
 
-        yield Each(map(job, scoring.batches), read)
+        yield Each(map(job, scoring.batches), read, threads=threads)
 
 
 def read_prefix(
@@ -152,7 +153,7 @@ def read_prefix(
 
 def _differentiating(
     evaluator: "Evaluator", population: "DifferentiablePopulation", batched_task: BatchedTask, rows: np.ndarray,
-    candidates: Any, weights: np.ndarray, responses: Responses, progress: "Progress",
+    candidates: Any, weights: np.ndarray, responses: Responses, progress: "Progress", threads: bool,
 ) -> Evaluation:  # fmt: skip
     """The derivative of a chunk of candidates, float32, of the sum of its totals times `weights: float32[P, S]`; enters
     the results of the candidates `rows` in `responses`."""
@@ -183,7 +184,7 @@ def _differentiating(
         enter(responses, rows, batch, answers)
         progress(len(rows))
 
-    gradient, cotangents = yield Each(map(job, scoring.batches), read, lambda result: result[1][1])
+    gradient, cotangents = yield Each(map(job, scoring.batches), read, lambda result: result[1][1], threads)
     holds = (source.holds, prefix, gradient, cotangents)
     if prefix is not None:
         spec = passes.PassSpec(evaluator.config, source.factory, mesh)
