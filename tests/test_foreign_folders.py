@@ -9,6 +9,7 @@ import pytest
 from helpers.files import write_json
 
 import evojax_merge
+from evojax_merge.backends.torch.folders import differences
 from evojax_merge.checkpoints.network_checks import check_counts, check_json, check_processor
 from evojax_merge.errors import Failed, InputError, library_errors
 
@@ -117,6 +118,11 @@ def test_impossible_settings_of_a_processor_are_named(tmp_path: Path, config: di
     write_json(tmp_path / "preprocessor_config.json", config)
     with pytest.raises(InputError, match=rf"preprocessor_config.json: {key}"):
         check_processor(tmp_path)
+    # transformers 5 reads the parts of the other file first.
+    for part in ("image_processor", "feature_extractor"):
+        write_json(tmp_path / "processor_config.json", {"processor_class": "CLIPProcessor", part: config})
+        with pytest.raises(InputError, match=rf"/processor_config.json: (\w+\.)?{key}"):
+            check_processor(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "", "{", '{"a": 1, "a": 2}', "[" * 99 + "]" * 99])
@@ -124,3 +130,14 @@ def test_json_that_a_library_would_fail_on_is_named(tmp_path: Path, text: str) -
     (tmp_path / "modules.json").write_text(text)
     with pytest.raises(InputError, match=r"modules.json: "):
         check_json(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_another_way_to_prepare_images_is_named(tmp_path: Path, name: str) -> None:
+    for folder, mean in (("first", 0.5), ("second", 0.5), ("third", 0.4)):
+        (tmp_path / folder).mkdir()
+        settings = {"image_mean": [mean] * 3}
+        whole = {"image_processor": settings} if name == "processor_config.json" else settings
+        write_json(tmp_path / folder / name, whole)
+    (line,) = differences([tmp_path / "first", tmp_path / "second", tmp_path / "third"])
+    assert "third: prepares images in another way" in line

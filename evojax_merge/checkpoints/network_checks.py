@@ -101,11 +101,21 @@ def check_model(folder: Path, build: Callable[[Mapping[str, Any]], Any]) -> None
         raise InputError(config, f"describes a model of {asked:,} numbers; its weights have {stored:,}")
 
 
+def processor_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a folder's image processor or feature extractor, and its settings in it. transformers 5 writes those
+    of a model that takes texts as well as a part of processor_config.json, and reads them there first."""
+    whole, alone = folder / "processor_config.json", folder / "preprocessor_config.json"
+    document = read_json_object(whole, missing={})
+    for part in ("image_processor", "feature_extractor"):
+        if isinstance(document.get(part), dict):
+            return whole, document[part]
+    return alone, read_json_object(alone, missing={})
+
+
 def check_processor(folder: Path) -> None:
     """Raises InputError for an image processor or a feature extractor whose config has impossible sizes or rates."""
     check_json(folder)
-    file = folder / "preprocessor_config.json"
-    document = read_json_object(file, missing={})
+    file, document = processor_settings(folder)
     rate = document.get("sampling_rate", 1)
     if not isinstance(rate, int) or isinstance(rate, bool):
         raise InputError(file, f"sampling_rate: {shown(rate)}; expected the number of samples in a second")

@@ -175,7 +175,7 @@ class VisionSide:
         """The model's processor, whose tokenizer keeps the last text that it was given."""
         path = self.processor
         if not processor_files(path):
-            raise InputError(path, "has no processor, which prepares images; expected preprocessor_config.json")
+            raise InputError(path, "has no processor, which prepares images; expected processor_config.json")
         check_folder(path)
         with _messages_of(path, "its processor cannot be loaded"):
             from transformers import AutoProcessor

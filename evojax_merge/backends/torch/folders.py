@@ -1,6 +1,5 @@
 """Hugging Face folders as torch modules: the tensors that are merged, and the folder of a merge."""
 
-import json
 import re
 import shutil
 from collections import OrderedDict
@@ -20,7 +19,7 @@ from evojax_merge.checkpoints.allowed_classes import check_folder, library_class
 from evojax_merge.checkpoints.folder import INDEX_FILE, PICKLES, read_header
 from evojax_merge.checkpoints.hints import wrapper_hint
 from evojax_merge.checkpoints.json_files import read_json, read_json_object
-from evojax_merge.checkpoints.network_checks import check_counts, check_json, check_model
+from evojax_merge.checkpoints.network_checks import check_counts, check_json, check_model, processor_settings
 from evojax_merge.checkpoints.quiet import quiet_transformers
 from evojax_merge.checkpoints.writer import CARD, MARKER
 from evojax_merge.errors import InputError, library_errors, shown
@@ -243,12 +242,6 @@ def label_names(folder: Path) -> dict[int, str]:
     return {int(number): str(name) for number, name in names.items() if str(name) != f"LABEL_{number}"}
 
 
-def settings_of(folder: Path, name: str) -> str:
-    """The content of one of a folder's JSON files as comparable text; empty where it has none."""
-    document = read_json_object(folder / name, missing={}) if folder.is_dir() else None
-    return json.dumps(document, sort_keys=True) if document else ""
-
-
 def differences(folders: Sequence[Path]) -> list[str]:
     """A line for each model whose labels, or whose way to prepare images, differ from those of the first."""
     lines, first, named = [], folders[0], label_names(folders[0])
@@ -260,6 +253,6 @@ def differences(folders: Sequence[Path]) -> list[str]:
                 f"{model}: label {differing} is {other[differing]!r}, but {named[differing]!r} in {first}; merges "
                 "are scored by the latter"
             )
-        if settings_of(model, "preprocessor_config.json") != settings_of(first, "preprocessor_config.json"):
+        if processor_settings(model)[1] != processor_settings(first)[1]:
             lines.append(f"{model}: prepares images in another way than {first}, whose way all candidates have")
     return lines

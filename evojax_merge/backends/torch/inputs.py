@@ -10,7 +10,7 @@ import numpy as np
 from evojax_merge.backends.torch.network import Network
 from evojax_merge.checkpoints.allowed_classes import check_folder
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.checkpoints.network_checks import check_processor
+from evojax_merge.checkpoints.network_checks import check_processor, processor_settings
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError, did_you_mean, library_errors, shown
 from evojax_merge.tasks.entropy import EntropyTask
@@ -118,18 +118,21 @@ def _images(examples: Sequence[NetworkExample], folder: Path) -> dict[str, np.nd
     """`pixel_values` of images, by the model's image processor."""
     import transformers
 
-    processor = _opened(folder, transformers.AutoImageProcessor, "image processor")
+    processor, (file, _) = (
+        _opened(folder, transformers.AutoImageProcessor, "image processor"),
+        processor_settings(folder),
+    )
     arrays = []
     for example in examples:
         if "image" not in example.inputs:
             raise InputError(example.where, "has no image; expected one, as in the first example")
         where, content = image_file(example)
         pixels = read_rgb(where, content)
-        with library_errors(folder / "preprocessor_config.json", f"its image processor fails on {where}"):
+        with library_errors(file, f"its image processor fails on {where}"):
             arrays.append(np.asarray(processor(images=pixels, return_tensors="np")["pixel_values"][0], np.float32))
         if not np.isfinite(arrays[-1]).all():
             raise InputError(
-                folder / "preprocessor_config.json", f"its image processor makes numbers of {where} that are not "
+                file, f"its image processor makes numbers of {where} that are not "
                 "finite (image_mean, image_std, rescale_factor)",
             )  # fmt: skip
     shapes = {array.shape for array in arrays}
@@ -237,7 +240,7 @@ def _recordings(examples: Sequence[NetworkExample], folder: Path) -> dict[str, n
         if wave.dtype.kind == "i":
             wave = wave / np.iinfo(wave.dtype).max
         waves.append(wave.astype(np.float32).mean(-1) if wave.ndim > 1 else wave.astype(np.float32))
-    with library_errors(folder / "preprocessor_config.json", "its feature extractor fails on the recordings"):
+    with library_errors(processor_settings(folder)[0], "its feature extractor fails on the recordings"):
         return dict(extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="np"))
 
 
