@@ -205,6 +205,11 @@ def test_unrelated_models_are_called_so(inspect: Callable[..., Any], tmp_path: P
     assert "m0 | m1" in sentence(report, "unrelated") and "noise" in sentence(report, "unrelated")
 
 
+def test_a_vision_tower_that_one_model_has_is_no_obstacle_to_a_search(inspect: Callable[..., Any]) -> None:
+    text = sentence(inspect("zoo:evovlm/base", "zoo:evovlm/vision"), "tensors")
+    assert "beside the decoder" in text and "in vision): a search keeps them" in text
+
+
 def test_a_stranger_beside_a_family_is_named(inspect: Callable[..., Any], family: Family, tmp_path: Path) -> None:
     stranger = save(random_model(tiny_config(tie_word_embeddings=True), 7), tmp_path / "stranger")
     report = inspect(stranger, *family.parents, family.base)

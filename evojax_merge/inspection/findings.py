@@ -135,13 +135,19 @@ def _about_shapes(models: Sequence[Model], names: Sequence[str]) -> Iterator[Fin
             "shapes", f"{len(widths)} tensors differ in shape (such as {widths[0]}): models of different widths cannot "
             "be merged.",
         )  # fmt: skip
-    partial = partly_held(models)
-    if partial and len(set(depths)) == 1:
-        holders = [name for name, model in zip(names, models, strict=True) if partial[0] in model.tensors]
-        yield Finding(
-            "tensors", f"{len(partial)} tensors are in some models alone (such as {partial[0]}, in "
-            f"{', '.join(holders)}): a merge refuses models of different tensors, but for the head of a tied model.",
-        )  # fmt: skip
+    partial = partly_held(models) if len(set(depths)) == 1 else []
+    beside = [name for name in partial if any(name in model.folder.vision_tensors for model in models)]
+    for missing, what, follows in (
+        ([name for name in partial if name not in beside], "tensors", "a merge refuses models of different tensors, "
+         "but for the head of a tied model"),
+        (beside, "tensors beside the decoder", "a search keeps them as they are there, merge refuses such models"),
+    ):  # fmt: skip
+        if missing:
+            holders = [name for name, model in zip(names, models, strict=True) if missing[0] in model.tensors]
+            yield Finding(
+                "tensors", f"{len(missing)} {what} are in some models alone (such as {missing[0]}, in "
+                f"{', '.join(holders)}): {follows}.",
+            )  # fmt: skip
 
 
 def differing_shapes(models: Sequence[Model]) -> list[str]:
