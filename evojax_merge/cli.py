@@ -436,12 +436,13 @@ def export(
 
 @cli.command(short_help="Write a run as one HTML page.")
 @click.argument("run", type=FILE)
+@click.option("--out", type=FILE, help="The page. Default: RUN/report.html.")
 @click.option("--watch", is_flag=True, help="Write the page again whenever the run goes on, until it is finished.")
 @with_plugins
-def report(run: Path, watch: bool, plugin_names: tuple[str, ...]) -> None:
+def report(run: Path, out: Path | None, watch: bool, plugin_names: tuple[str, ...]) -> None:
     """Write RUN/report.html, from the run folder alone: one file, which a browser opens without a network. A search
     writes it as well, at its end and every so often before."""
-    import_command("report", plugin_names).report(run, watch)
+    import_command("report", plugin_names).report(run, out, watch)
 
 
 @cli.command(short_help="Compare runs: a table, and a page.")

@@ -745,6 +745,19 @@ def test_a_file_that_is_no_page_is_kept(tmp_path: Path) -> None:
     assert not (other / "report.html").exists()
 
 
+def test_a_page_is_written_elsewhere(tmp_path: Path) -> None:
+    run, page = make_run(tmp_path / "run"), tmp_path / "page.html"
+    before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    assert f"wrote {page}: finished" in " ".join(run_here("report", run, "--out", page).stdout.split())
+    assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
+    assert "The winner was chosen" in page.read_text(encoding="utf-8")
+    page.write_text("mine")
+    done = run_here("report", run, "--out", page, status=2)
+    assert "--out: exists, and is no page of evojax-merge" in done.stderr and page.read_text() == "mine"
+    missing = run_here("report", run, "--out", tmp_path / "nowhere" / "page.html", status=2)
+    assert "--out: " in missing.stderr
+
+
 def test_watching_ends_with_the_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", finished=False)
     watching = start_command("report", run, "--watch")

@@ -6,24 +6,28 @@ from pathlib import Path
 from evojax_merge import plugins
 from evojax_merge.report.page import write_page
 from evojax_merge.report.run_data import RunData
-from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.search.run_parts import RunFolder, is_page
 from evojax_merge.system.console import console
+from evojax_merge.system.file_system import OutputFile, check_outputs
 
 # Seconds between two looks at the files of a run.
 POLL = 1.0
 
 
-def report(path: Path, watch: bool) -> None:
-    """Write the page of a run. watch: write it again whenever the run goes on, until it is finished."""
+def report(path: Path, out: Path | None, watch: bool) -> None:
+    """Write the page of a run. out: see `write_page`; watch: write it again whenever the run goes on, until it is
+    finished."""
     plugins.load()
     folder = RunFolder(path)
+    if out is not None:
+        check_outputs([OutputFile(out, "--out", "is no page", is_page)], {})
     # The run may write while its page is made: that is seen as a change afterwards.
-    sizes, run = _sizes(folder), write_page(folder)
-    console.print(f"wrote {folder.page}: {_progress(run)}", soft_wrap=True)
+    sizes, run = _sizes(folder), write_page(folder, out)
+    console.print(f"wrote {out or folder.page}: {_progress(run)}", soft_wrap=True)
     while watch and run.state != "finished":
         while _sizes(folder) == sizes:
             time.sleep(POLL)
-        sizes, run = _sizes(folder), write_page(folder)
+        sizes, run = _sizes(folder), write_page(folder, out)
         console.print(_progress(run), soft_wrap=True)
 
 

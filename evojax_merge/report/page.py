@@ -64,11 +64,11 @@ MOST_SCRIPT_BYTES = 2**26
 MOST_AXES = 12
 
 
-def write_page(folder: RunFolder, *, working: bool | None = None) -> RunData:
-    """Write a run's `report.html`; returns the run as it is there. working: see `read_run`. Raises InputError where
-    another file has that name."""
+def write_page(folder: RunFolder, out: Path | None = None, *, working: bool | None = None) -> RunData:
+    """Write a run's page; returns the run as it is there. out: the file; None: the run's `report.html`. working: see
+    `read_run`. Raises InputError where another file has that name."""
     run = read_run(folder.path, working=working)
-    page = OutputFile(folder.page, "", "is no page", is_page)
+    page = OutputFile(out or folder.page, "--out" if out else "", "is no page", is_page)
     page.write(run_page(run, refresh=run.state == "running"))
     return run
 
