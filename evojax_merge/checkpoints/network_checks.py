@@ -102,8 +102,8 @@ def check_model(folder: Path, build: Callable[[Mapping[str, Any]], Any]) -> None
 
 
 def processor_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of a folder's image processor or feature extractor, and its settings in it. transformers 5 writes those
-    of a model that takes texts as well as a part of processor_config.json, and reads them there first."""
+    """The file of a folder's image processor or feature extractor, and its settings in it. Where a model takes texts as
+    well, transformers 5 writes these into the file of the whole processor, and looks for them there first."""
     whole, alone = folder / "processor_config.json", folder / "preprocessor_config.json"
     document = read_json_object(whole, missing={})
     for part in ("image_processor", "feature_extractor"):

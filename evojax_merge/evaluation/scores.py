@@ -41,6 +41,10 @@ class TaskScores:
         )  # fmt: skip
 
 
+# A model of the held-out table: its role, its name, its row in the scores of some models, and these scores.
+ScoredModel = tuple[str, str, int, TaskScores]
+
+
 def joined(parts: Sequence[TaskScores]) -> TaskScores:
     """The scores of consecutive populations as those of one."""
     first = parts[0]

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.scores import ScoredModel, TaskScores
 from evojax_merge.judge.activity import Activity
 from evojax_merge.judge.ballot import INCUMBENTS, Ballot
 from evojax_merge.report.meetings import Meetings
@@ -18,9 +18,6 @@ from evojax_merge.search.protocols import ContextSpace, Progress
 from evojax_merge.tasks.arrays import ArrayTask
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.voting import METRIC, JudgedTask
-
-# A model of the held-out table: its role, its name, the scores in which it stands, and its row there.
-Scored = tuple[str, str, int, TaskScores]
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class MeetingEvaluator(SpaceEvaluator[Any]):
 
     ballots: Mapping[str, Ballot] = field(default_factory=dict)
 
-    def compared(self, scored: Sequence[Scored]) -> tuple[list[Scored], list[dict[str, Meetings]]]:
+    def compared(self, scored: Sequence[ScoredModel]) -> tuple[list[ScoredModel], list[dict[str, Meetings]]]:
         """The models with their scores on tasks that people judge, the winner last: 1 for a prompt on which the judges
         prefer the model to the winner, -1 where they prefer the winner, else 0; the winner has 0 on all of them. And
         for each model `task/metric` -> the winner's meetings with it."""

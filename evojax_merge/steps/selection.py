@@ -10,11 +10,11 @@ import numpy as np
 from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
-from evojax_merge.evaluation.scores import TaskScores, fitness, means, score_matrix, task_weights, units_of
+from evojax_merge.evaluation.scores import ScoredModel, fitness, means, score_matrix, task_weights, units_of
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.answers import MOST_EXAMPLES, largest_differences
 from evojax_merge.report.comparison import FrontMember, GuardResult, Result, Row, model_name, model_names
-from evojax_merge.report.intervals import Lead, exact_lead, paired_lead
+from evojax_merge.report.intervals import exact_lead, paired_lead
 from evojax_merge.report.meetings import Meetings
 from evojax_merge.report.plan import CHOOSING, HELDOUT, MEASURING
 from evojax_merge.search.fronts import front_of
@@ -44,9 +44,7 @@ from evojax_merge.tasks.task import GUARD_WEIGHT, Task
 class ComparesAnswers(Protocol):
     """An evaluator that scores the models of the held-out table by comparing their answers."""
 
-    def compared(
-        self, scored: Sequence[tuple[str, str, int, TaskScores]]
-    ) -> tuple[list[tuple[str, str, int, TaskScores]], Sequence[Mapping[str, Meetings]]]:
+    def compared(self, scored: Sequence[ScoredModel]) -> tuple[list[ScoredModel], Sequence[Mapping[str, Meetings]]]:
         """The same models, the winner last: role, name, and the scores in which the model stands, with its row; and for
         each `task/metric` -> the winner's meetings with it."""
 
@@ -281,7 +279,7 @@ def _table(
     winner; and the answers of the winner and of each task's best parent. winner, plain: the genomes of the winner and
     of the baseline."""
     backend = problem.backend
-    scored = [
+    scored: list[ScoredModel] = [
         (role, model_name(path), 0, score_stored(problem, "heldout", heldout, path, progress))
         for role, path in backend.facts.compared
     ]
@@ -296,42 +294,63 @@ def _table(
     met: Sequence[Mapping[str, Meetings]] = [{}] * len(scored)
     if isinstance(heldout, ComparesAnswers):
         scored, met = heldout.compared(scored)
-    too_few = [{score for score, meetings in each.items() if meetings.too_few} for each in met]
-    weighted = task_weights(heldout.tasks, heldout.goal)
-    units = units_of(heldout.tasks, scored[-1][3], heldout.goal)
-    rows = [
-        Row(role, name, float(values[p]), means(heldout.tasks, scores)[p], units=units)
-        for role, name, p, scores in scored
-        for values in [fitness(heldout.tasks, scores, heldout.goal)]
-    ]
-    examples = [[scores.matrices[task.name][task.metric][p] for task, _ in weighted] for _, _, p, scores in scored]
+    rows = _rows(heldout, scored, met)
+    shows_answers = heldout.devices.is_main_process and is_held_out(heldout)
+    return rows, _answers(backend, heldout, winner, scored, rows) if shows_answers else []
+
+
+def _rows(
+    heldout: SpaceEvaluator[Any], scored: Sequence[ScoredModel], met: Sequence[Mapping[str, Meetings]]
+) -> list[Row]:
+    """A row for each model, those before the last, the winner, with its lead over them. met: the winner's meetings with
+    each, where people compared answers."""
+    tasks, units = heldout.tasks, units_of(heldout.tasks, scored[-1][3], heldout.goal)
+    weighted = task_weights(tasks, heldout.goal)
     weights, lead_of = [weight for _, weight in weighted], paired_lead if is_held_out(heldout) else exact_lead
-    leads = [lead_of(examples[-1], others, weights) for others in examples[:-1]]
-    by_task: dict[int, dict[str, Lead]] = {}
-    for k in [k for k, row in enumerate(rows[:-1]) if row.role in ("base", "parent")]:
-        for task in heldout.tasks:
-            ours, theirs = (scored[i][3].matrices[task.name][task.metric][scored[i][2]] for i in (-1, k))
-            lead, score = lead_of([ours], [theirs], [1.0]), f"{task.name}/{task.metric}"
-            if lead is not None and score not in too_few[k]:
-                by_task.setdefault(k, {})[score] = lead
+
+    def examples(model: ScoredModel, task: Task) -> np.ndarray:
+        of_all: np.ndarray = model[3].matrices[task.name][task.metric]
+        return of_all[model[2]]
+
+    *others, winner = scored
+    ours, rows = [examples(winner, task) for task, _ in weighted], []
+    for role, name, p, scores in scored:
+        value = float(fitness(tasks, scores, heldout.goal)[p])
+        rows.append(Row(role, name, value, means(tasks, scores)[p], units=units))
+    for k, (model, meetings) in enumerate(zip(others, met, strict=False)):
+        too_few = {score for score, each in meetings.items() if each.too_few}
+        lead = None if too_few else lead_of(ours, [examples(model, task) for task, _ in weighted], weights)
+        by_task = {}
+        for task in tasks if model[0] in ("base", "parent") else ():
+            of_task = lead_of([examples(winner, task)], [examples(model, task)], [1.0])
+            if of_task is not None and (score := f"{task.name}/{task.metric}") not in too_few:
+                by_task[score] = of_task
+        rows[k] = replace(rows[k], lead=lead, task_leads=by_task, meetings=meetings)
+    return rows
+
+
+def _answers(
+    backend: Backend,
+    heldout: SpaceEvaluator[Any],
+    winner: np.ndarray,
+    scored: Sequence[ScoredModel],
+    rows: Sequence[Row],
+) -> list[dict[str, Any]]:
+    """The answers of the winner, and to each task those of the parent that is best in it: one that is best in another
+    task would hide where the winner lost."""
+    parents, last, best = [k for k, row in enumerate(rows) if row.role == "parent"], len(rows) - 1, {}
+    if not parents:
+        return []
+    for task in heldout.tasks:
+        values = [rows[k].scores[f"{task.name}/{task.metric}"] for k in parents]
+        best[task.name] = parents[int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))]
     answers: list[dict[str, Any]] = []
-    parents = [k for k, row in enumerate(rows) if row.role == "parent"]
-    if parents and heldout.devices.is_main_process and is_held_out(heldout):
-        # A parent that is best in another task would hide where the winner lost.
-        beside = {}
-        for task in heldout.tasks:
-            scored_by = [rows[k].scores[f"{task.name}/{task.metric}"] for k in parents]
-            beside[task.name] = parents[int(np.argmax(np.where(np.isfinite(scored_by), scored_by, -np.inf)))]
-        for k in (len(rows) - 1, *sorted(set(beside.values()))):
-            candidate = winner if k == len(rows) - 1 else backend.facts.compared[k][1]
-            answered = backend.answers(rows[k].name, candidate, heldout, scored[k][3], scored[k][2])
-            answers += [row for row in answered if k == len(rows) - 1 or beside[row["task"]] == k]
-        _add_thumbnails(heldout.tasks, answers)
-    compared = [
-        replace(row, lead=None if too_few[k] else leads[k], task_leads=by_task.get(k, {}), meetings=met[k])
-        for k, row in enumerate(rows[:-1])
-    ]
-    return [*compared, rows[-1]], answers
+    for k in (last, *sorted(set(best.values()))):
+        candidate = winner if k == last else backend.facts.compared[k][1]
+        answered = backend.answers(rows[k].name, candidate, heldout, scored[k][3], scored[k][2])
+        answers += [row for row in answered if k == last or best[row["task"]] == k]
+    _add_thumbnails(heldout.tasks, answers)
+    return answers
 
 
 def _add_thumbnails(tasks: Sequence[Task], answers: Sequence[dict[str, Any]]) -> None:
