@@ -243,23 +243,12 @@ def run_search(
     given: dict[str, bool | str] = {"--resume": resume, "--overwrite": overwrite, "--force": force}
     given |= {file.name: file_hash(file) for file in plugins.named_files()}
     check_agreement(config.model_dump(mode="json", exclude={"inputs", "out"}), given)
-    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
-        raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
-    run = RunFolder(out)
-    if jax.process_index() == 0:
-        # Before the models and examples are opened, which can take minutes.
-        check_not_in_use(out)
-        check_place(out, resume=resume, overwrite=overwrite)
-    if jax.process_count() > 1:
-        check_samples(model_samples(path, config))
-        # What process 0 cannot write is seen as it is, or refused when it is opened.
-        may_lock = jax.process_index() == 0 and (not out.exists() or is_writable(out))
-        with locked(out, resume=resume) if may_lock else nullcontext():
-            check_shared_folder(out, lambda: holder(run.lock))
+    run, configs, stages = RunFolder(out), stage_configs(config), config.stages
+    _check_run_folder(path, config, run, resume=resume, overwrite=overwrite)
     check_export(path, out, judges or JudgeOptions())
     check_loggers(f"{path}: log", config.log)
+    early = [RunFolder((run.stages / f"stage-{number}").resolve()) for number in range(1, len(configs))]
     # Every stage is checked before the first one runs.
-    configs, stages = stage_configs(config), config.stages
     with working("reading the models and the tasks"):
         problems = [build_problem(path, of_stage, chained=i > 0) for i, of_stage in enumerate(configs)]
     models = [part for problem in problems for model in problem.facts.references for part in parts_of(model)]
@@ -268,7 +257,6 @@ def run_search(
     if stages is not None and judges is not None and (judges.replay or judges.pairs or judges.choices):
         what = "people judge a search in stages on its page; leave --replay, --export and --import out"
         raise InputError(f"{path}: stages", what)
-    early = [RunFolder((run.stages / f"stage-{number}").resolve()) for number in range(1, len(configs))]
     for folder, problem in zip([*early, run], problems, strict=True):
         check_judges(path, folder.path, problem, judges, resume=resume)
     with working("preparing the tasks"):
@@ -322,6 +310,23 @@ def run_search(
             if folder is not run:
                 winner = folder.winner
                 on_started(run)
+
+
+def _check_run_folder(path: Path, config: Config, run: RunFolder, *, resume: bool, overwrite: bool) -> None:
+    """Raises InputError where a run cannot lie in its folder, or not all processes see the same folder and models:
+    before the models and examples are opened, which can take minutes."""
+    out = run.path
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
+        raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
+    if jax.process_index() == 0:
+        check_not_in_use(out)
+        check_place(out, resume=resume, overwrite=overwrite)
+    if jax.process_count() > 1:
+        check_samples(model_samples(path, config))
+        # What process 0 cannot write is seen as it is, or refused when it is opened.
+        may_lock = jax.process_index() == 0 and (not out.exists() or is_writable(out))
+        with locked(out, resume=resume) if may_lock else nullcontext():
+            check_shared_folder(out, lambda: holder(run.lock))
 
 
 def _whole_document(

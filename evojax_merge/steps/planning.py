@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
 from typing import Any, NamedTuple
@@ -73,6 +73,47 @@ PROCESS_BYTES = 700 * 10**6
 TIMED_GENERATIONS = 10_000
 
 
+@dataclass(frozen=True)
+class PlannedGeneration:
+    """The passes of a generation, and what they cost. scored: over the shards; differentiated: over the minibatches;
+    candidate, gradient: the costs of one candidate on all examples, and of its gradient on a minibatch; by_score,
+    by_gradient: those of a generation, by the groups of devices side by side."""
+
+    scored: list[SizedPass]
+    differentiated: list[SizedPass]
+    candidate: Cost
+    gradient: Cost
+    by_score: Cost
+    by_gradient: Cost
+
+
+def _generation(
+    problem: SearchProblem[Backend], prepared: Splits[list[Any]], planner: Planner, compiler: TargetCompiler | None
+) -> PlannedGeneration:
+    target, facts, whole = problem.target, problem.facts, problem.strategy.population
+    groups, shards = target.devices // facts.settings.model, len(prepared.shards)
+    _, starts = gradient_generations(problem.strategy, problem.search.generations)
+
+    def passes_on(splits: Sequence[list[Any]], candidates: int, use: PlanUse) -> list[SizedPass]:
+        """The passes of a generation of so many candidates; the compiler reports on those of the first split."""
+        return [
+            sized_pass
+            for number, tasks in enumerate(splits)
+            for sized_pass in planner.passes(tasks, candidates, use, None if number else compiler)
+        ]
+
+    scored = passes_on(prepared.shards, whole, "scores")
+    differentiated = passes_on(prepared.minibatches, starts, "gradient")
+    share = facts.gradient_passes / max(1, len(prepared.minibatches))
+    candidate, gradient = _cost(scored, target), _cost(differentiated, target) * share
+    by_gradient = gradient * math.ceil(starts / groups)
+    if looks_at_all(problem.search):
+        by_gradient += candidate * (math.ceil(starts / groups) / STEPS_PER_LOOK)
+    beside = 1 + problem.neighbours(problem.splits.search).count
+    by_score = candidate * (beside * rung_passes(shards, whole, groups) / shards)
+    return PlannedGeneration(scored, differentiated, candidate, gradient, by_score, by_gradient)
+
+
 def make_plan(
     problem: SearchProblem[Backend],
     prepared: Splits[list[Any]],
@@ -86,34 +127,18 @@ def make_plan(
     backend: Backend = problem.backend
     target, model = backend.facts.target, backend.facts.settings.model
     groups, planner = target.devices // model, backend.planner()
-    sizes = planner.sizes
+    sizes, whole = planner.sizes, problem.strategy.population
     _, starts = gradient_generations(problem.strategy, problem.search.generations)
-    whole = problem.strategy.population
-
-    def passes_on(splits: Sequence[list[Any]], candidates: int, use: PlanUse) -> list[SizedPass]:
-        """The passes of a generation of so many candidates; the compiler reports on those of the first split."""
-        return [
-            sized_pass
-            for number, tasks in enumerate(splits)
-            for sized_pass in planner.passes(tasks, candidates, use, None if number else compiler)
-        ]
+    generation = _generation(problem, prepared, planner, compiler)
+    scored, differentiated = generation.scored, generation.differentiated
+    by_score, by_gradient = generation.by_score, generation.by_gradient
+    on_search, on_heldout = (
+        1 + problem.neighbours(tasks).count for tasks in (problem.splits.search, problem.splits.heldout)
+    )
+    counts, measured = candidates_to_select(problem), models_to_measure(problem)
 
     def cost_on(tasks: list[Any] | None, count: int) -> Cost:
         return _cost(planner.passes(tasks, whole, "final"), target) * count if tasks and count else Cost()
-
-    scored = passes_on(prepared.shards, whole, "scores")
-    differentiated = passes_on(prepared.minibatches, starts, "gradient")
-    share = backend.facts.gradient_passes / max(1, len(prepared.minibatches))
-    candidate, gradient = _cost(scored, target), _cost(differentiated, target) * share
-    by_gradient = gradient * math.ceil(starts / groups)
-    if looks_at_all(problem.search):
-        by_gradient += candidate * (math.ceil(starts / groups) / STEPS_PER_LOOK)
-    on_search, on_heldout = (
-        1 + problem.neighbours(each).count for each in (problem.splits.search, problem.splits.heldout)
-    )
-    shards = len(prepared.shards)
-    by_score = candidate * (on_search * rung_passes(shards, whole, groups) / shards)
-    counts, measured = candidates_to_select(problem), models_to_measure(problem)
 
     def scoring(models: SelectionCounts) -> Cost:
         """The cost of models that are scored one after the other."""
@@ -159,8 +184,8 @@ def make_plan(
         budget=problem.search.budget,
         notes=(*problem.notes, *planner.notes),
         compile_seconds=None if compiler is None else compiler.seconds,
-        candidate=_work(candidate, target, model),
-        gradient=_work(gradient, target, model) if rounds else None,
+        candidate=_work(generation.candidate, target, model),
+        gradient=_work(generation.gradient, target, model) if rounds else None,
         generation=_work(by_gradient if only_gradients else by_score, target, model),
         run=_work(run, target, model),
         parts={name: _work(cost, target, model) for name, cost in parts.items() if cost.seconds(target, model)},

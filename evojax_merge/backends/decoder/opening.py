@@ -67,26 +67,15 @@ class DecoderFactory:
         takes_base = kind.TAKES_BASE and base is not None
         has_base = takes_base or any(method.uses_base(base is not None) for method in methods)
         paths = [base, *parents] if base is not None and has_base else list(parents)
-        tokenizer_dir = None
-        source = config.tokenizer_source
-        approximation, wanted = (source, source.of) if isinstance(source, Approximation) else (None, source)
-        if wanted is not None:
-            tokenizer_dir = base if wanted == "base" else resolve(f"{where}: tokenizer_source", wanted, folder)
-            if tokenizer_dir is None or tokenizer_dir not in [base, *parents]:
-                raise InputError(where, "tokenizer_source: expected base or one of the parents")
-            if tokenizer_dir not in paths and all(method.base_is_first_parent for method in methods):
-                # The base_model of its recipe is one of the parents.
-                what = methods[0].name if methods else "a layer path"
-                raise InputError(where, f"tokenizer_source: the base takes no part in {what}; take one of the parents")
+        tokenizer_dir, approximation = _tokenizer_source(where, config, folder, resolve, base, parents)
+        if tokenizer_dir not in [None, *paths] and all(method.base_is_first_parent for method in methods):
+            # The base_model of its recipe is one of the parents.
+            what = methods[0].name if methods else "a layer path"
+            raise InputError(where, f"tokenizer_source: the base takes no part in {what}; take one of the parents")
         # A base that takes no part in the merge is opened all the same, to be checked against the parents.
         unmerged_base = [base] if base is not None and base not in paths else []
         opened = [*paths, *unmerged_base]
-        only_texts = all(
-            getattr(section, "kind", None) in TEXT_KINDS and getattr(section, "images", None) is None
-            for section in config.tasks
-        )
-        configs_of = (read_json_object(path / "config.json", missing={}) for path in opened)
-        if not config.plugins and only_texts and all(map(SENSES.isdisjoint, configs_of)):
+        if _takes_texts_alone(config, opened):
             leave_torch_out()
         tokenizer_choice = None
         if tokenizer_dir is not None:
@@ -151,6 +140,32 @@ class DecoderFactory:
             open_decoder=open_decoder,
         )
         return DecoderBackend(config, models, candidates.placed_at(place), target)
+
+
+def _tokenizer_source(
+    where: str, config: Config, folder: Path, resolve: Resolve, base: Path | None, parents: Sequence[Path]
+) -> tuple[Path | None, Approximation | None]:
+    """The model whose tokenizer the config names, None where it names none, and how the rows of tokens that a model
+    lacks are made. Raises InputError for a model that is not in the search."""
+    source = config.tokenizer_source
+    approximation, wanted = (source, source.of) if isinstance(source, Approximation) else (None, source)
+    if wanted is None:
+        return None, None
+    named = base if wanted == "base" else resolve(f"{where}: tokenizer_source", wanted, folder)
+    if named is None or named not in [base, *parents]:
+        raise InputError(where, "tokenizer_source: expected base or one of the parents")
+    return named, approximation
+
+
+def _takes_texts_alone(config: Config, models: Sequence[Path]) -> bool:
+    """Return whether neither the tasks of a config nor its models have pictures or sounds, so that nothing needs
+    torch."""
+    only_texts = all(
+        getattr(section, "kind", None) in TEXT_KINDS and getattr(section, "images", None) is None
+        for section in config.tasks
+    )
+    configs = (read_json_object(path / "config.json", missing={}) for path in models)
+    return not config.plugins and only_texts and all(map(SENSES.isdisjoint, configs))
 
 
 def check_distinct(where: str, base: Path | None, parents: Sequence[Path], names: Sequence[str], first: int) -> None:
