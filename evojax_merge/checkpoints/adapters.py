@@ -12,9 +12,9 @@ rounds them: computed in float32, and cast to the base's dtype once.
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -243,8 +243,38 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
             tied_head = pair[1]
             tensors = _without_head(config, tensors, pair, shared)
     base = kind(base.path, in_file)
-    replaced, saved = dict[str, Tensor](), dict[str, str]()
+    find = partial(_find, base, names, tied_head)
+    modules, saved = _sorted(tensors, find)
+    entries = dict(base.entries)
+    for name, (key, tensor) in saved.items():
+        _check_saved(base, config, name, tensor, key)
+        # PEFT also saves modules that it only wraps, and the embedding and the head of a base of another size.
+        is_other = tensor.dtype != base.entries[name].dtype
+        if config.saves(name) or is_other or not np.array_equal(tensor.load(), base.entries[name].load()):
+            entries[name] = tensor
+    experts = _wrapped_modules(config, parameters)
+    for module, parts in modules.items():
+        if module in experts:
+            entries |= _adapted_experts(config, experts[module], decoder, entries, parts)
+            continue
+        name = find(next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
+        # A known module's class decides, as in PEFT, whether its weight is stored as `[in, out]`.
+        leaf = None if architecture is None else architecture.leaf_of(decoder.names.of_architecture(name))
+        transposed = config.fan_in_fan_out if architecture is None else leaf is not None and leaf.transposed
+        if ROWS in parts:
+            entries[name] = _with_rows(config, module, name, entries[name], parts.pop(ROWS))
+        if parts:
+            entries[name] = _adapted(config, module, name, entries[name], parts, transposed)
+    return kind(path, entries)
+
+
+def _sorted(
+    tensors: Mapping[str, Tensor], find: Callable[[Tensor, str, str], str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[str, Tensor]]]:
+    """The tensors of an adapter's file: each module's parts by their kind, and the whole tensors, with their keys, by
+    their names in the base. find: (a tensor, its key, the name that it has in memory) -> its name in the base."""
     modules: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, tuple[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if (trained := COPIES.sub("", key)) != key and trained in tensors:
             continue
@@ -261,33 +291,13 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
         elif "lora_" in inner:
             raise InputError(tensor.file, f"{key}: a part of an adapter that is not known; expected lora_A and lora_B")
         else:
-            name = _find(base, names, tied_head, tensor, key, PEFT_WRAPPERS.sub("", inner))
+            name = find(tensor, key, PEFT_WRAPPERS.sub("", inner))
             if name in saved:
                 raise InputError(
-                    tensor.file, f"holds {name} twice: as {saved[name]} and as {key}; expected one of them"
+                    tensor.file, f"holds {name} twice: as {saved[name][0]} and as {key}; expected one of them"
                 )
-            saved[name] = key
-            _check_saved(base, config, name, tensor, key)
-            # PEFT also saves modules that it only wraps, and the embedding and the head of a base of another size.
-            stored = base.entries[name]
-            is_other = tensor.dtype != stored.dtype
-            if config.saves(name) or is_other or not np.array_equal(tensor.load(), stored.load()):
-                replaced[name] = tensor
-    entries = {**base.entries, **replaced}
-    experts = _wrapped_modules(config, parameters)
-    for module, parts in modules.items():
-        if module in experts:
-            entries |= _adapted_experts(config, experts[module], decoder, entries, parts)
-            continue
-        name = _find(base, names, tied_head, next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
-        # A known module's class decides, as in PEFT, whether its weight is stored as `[in, out]`.
-        leaf = None if architecture is None else architecture.leaf_of(decoder.names.of_architecture(name))
-        transposed = config.fan_in_fan_out if architecture is None else leaf is not None and leaf.transposed
-        if ROWS in parts:
-            entries[name] = _with_rows(config, module, name, entries[name], parts.pop(ROWS))
-        if parts:
-            entries[name] = _adapted(config, module, name, entries[name], parts, transposed)
-    return kind(path, entries)
+            saved[name] = key, tensor
+    return modules, saved
 
 
 @dataclass(frozen=True)
