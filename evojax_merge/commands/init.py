@@ -261,14 +261,9 @@ def first_config(path: Path, choices: Choices, models: Models, make_task: MakeTa
         # A base that takes no part in the merge has no rows to align.
         differ = any(model.differing_tokens for model in models.facts)
         first = 1 if differ and has_base and not method.uses_base(True) else 0
-        by_model = [model.chat_template for model in models.facts]
-        owner = next((number for number in range(first, len(by_model)) if by_model[number] is not None), None)
-        # A base is often trained without the template that its fine-tunes have.
-        compared = by_model[1:] if has_base and by_model[0] is None else by_model
-        templates = ModelTemplates(
-            None if owner is None else names[owner], owner is not None and len({*compared}) == 1,
-            max(1, min(LONGEST_ANSWER, context_length([opened], decoder.positions) // 2)),
-        )  # fmt: skip
+        owner, is_shared = _template_owner(models, first)
+        longest = max(1, min(LONGEST_ANSWER, context_length([opened], decoder.positions) // 2))
+        templates = ModelTemplates(None if owner is None else names[owner], is_shared, longest)
         backend, task, count = make_task(templates)
         source = owner if owner is not None and task.uses_template else first
         reasons = ["the tokenizers differ: rows of the vocabulary are aligned by token"] if differ else []
@@ -282,7 +277,7 @@ def first_config(path: Path, choices: Choices, models: Models, make_task: MakeTa
         is_measured = any(name.endswith("running_var") for model in models.facts for name in model.tensors)
         if is_measured and backend != "function":
             keys.append(("evaluation", {"recalibrate": True}, "batch norms measure their statistics anew"))
-    comments = {}
+    comments = _comments(method, advice, is_advised=choices.method is None)
     if method.looks_at and decoder is not None:
         prompts = calibration_of(task)
         if prompts is None:
@@ -291,14 +286,6 @@ def first_config(path: Path, choices: Choices, models: Models, make_task: MakeTa
         keys.append(
             ("calibration", prompts, f"the prompts on which {method.name} looks at the parents' {method.looks_at}")
         )
-    for parameter in method.parameters:
-        if parameter.name == "weight" and parameter.default is not None:
-            comments["weight"] = f"how much of each parent; starts at {parameter.default:g}, the authors' setting"
-    if advice.method == method.name and choices.method is None:
-        comments["method"] = "by the parents' changes, as inspect advises"
-    if advice.high is not None:
-        adding_up, uneven = "near it orthogonal task vectors add up", "so the smaller task vectors count"
-        comments.setdefault("weight", f"above 1: {adding_up if advice.high == ADDING_UP else uneven}")
     fixed: dict[str, Any] = {"method": method.name}
     constants = {p.name: p.default for p in method.parameters if not p.searched and p.default is not None}
     fixed |= {"fixed": constants} if constants else {}
@@ -326,6 +313,29 @@ def first_config(path: Path, choices: Choices, models: Models, make_task: MakeTa
         backend, named[0] if has_base else None, parents, tuple(keys), section, size, comments, task, count,
         choices.generations, choices.out,
     )  # fmt: skip
+
+
+def _template_owner(models: Models, first: int) -> tuple[int | None, bool]:
+    """The first model that has a chat template, from the number `first` on, None where none has, and whether all models
+    have the same. A base is often trained without the template that its fine-tunes have."""
+    templates = [model.chat_template for model in models.facts]
+    owner = next((number for number in range(first, len(templates)) if templates[number] is not None), None)
+    compared = templates[1:] if models.has_base and templates[0] is None else templates
+    return owner, owner is not None and len({*compared}) == 1
+
+
+def _comments(method: Method, advice: Advice, *, is_advised: bool) -> dict[str, str]:
+    """The comments on keys of the space. is_advised: nobody chose the method."""
+    comments = {}
+    for parameter in method.parameters:
+        if parameter.name == "weight" and parameter.default is not None:
+            comments["weight"] = f"how much of each parent; starts at {parameter.default:g}, the authors' setting"
+    if advice.method == method.name and is_advised:
+        comments["method"] = "by the parents' changes, as inspect advises"
+    if advice.high is not None:
+        adding_up, uneven = "near it orthogonal task vectors add up", "so the smaller task vectors count"
+        comments.setdefault("weight", f"above 1: {adding_up if advice.high == ADDING_UP else uneven}")
+    return comments
 
 
 def _components(decoder: DecoderConfig, unchanged: Sequence[str]) -> list[list[str]]:
