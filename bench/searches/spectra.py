@@ -5,7 +5,7 @@
     python -m bench spectra --family demo  # the two tiny language models of the quickstart, with RegMean and Fisher
                                            # merging, on prompts of the search split
     python -m bench spectra --family smollm2   # the fine-tunes of SmolLM2, the same for all seeds (three hours of one
-                                               # core)
+                                               # core); --methods tsv_m swudi: by these alone (an hour)
 
 Each method stands at its authors' setting, and searched from there by as many candidates: a weight of each parent for
 every group of tensors, or a strength for `iso_c`. Task arithmetic is the control, with all task vectors added (0.3 of
@@ -51,7 +51,9 @@ def experts(firsts: tuple[int, ...] | range) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Methods from spectra, over several seeds.")
     parser.add_argument("--family", choices=FAMILIES, default="vit")
-    family = parser.parse_known_args(sys.argv[1:])[0].family
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="search by these alone, and task arithmetic")
+    options = parser.parse_known_args(sys.argv[1:])[0]
+    family = options.family
     config, name, score, beside, population, generations = FAMILIES[family]
     common = [f"search.population={population}", f"search.generations={generations}"]
     common += {"vit4": experts(FOUR), "vit8": experts(EIGHT)}.get(family, [])
@@ -63,9 +65,9 @@ def main() -> None:
         prompts = [PROMPTS] if method in ACTIVATIONS else []
         return [f"space.method={method}", f"space.parameters={parameters}", *common, *prompts, *others]
 
-    chosen = PREPARED_SOON if family == "smollm2" else METHODS
+    chosen = options.methods or (PREPARED_SOON if family == "smollm2" else METHODS)
     methods = {each: space(each, *shares.get(each, ())) for each in chosen}
-    methods |= {each: space(each) for each in ACTIVATIONS if family == "demo"}
+    methods |= {each: space(each) for each in ACTIVATIONS if family == "demo" and not options.methods}
     searches = {f"{each}, searched": overrides for each, overrides in methods.items()}
     added = [1.0, 1.0] if name != "vit8" else [0.3] * len(FOUR if family == "vit4" else EIGHT)
     starts = {
