@@ -689,7 +689,8 @@ def test_table_equals_exact_preparation_on_the_grid(name: str, shape: tuple[int,
         assert set(found) == set(exact.statistics)
         for key, values in exact.statistics.items():
             assert found[key].shape == values.shape
-            if name != "sce" and key != "l1_scale":
+            if name != "sce":
+                # An export measures what the search had, so that entries which cancel keep their sign.
                 np.testing.assert_array_equal(np.asarray(found[key]), values)
             elif key != "threshold":
                 np.testing.assert_allclose(np.asarray(found[key]), values, rtol=1e-6)
