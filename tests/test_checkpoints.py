@@ -1,6 +1,7 @@
 """Reading and writing model folders: the bank, its memory, streamed shards, folders that appear complete or not."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -658,7 +659,9 @@ def download(
     assert name == "owner/name"
     revisions.append(revision)
     names = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
-    for file in filter_repo_objects(names, **patterns):
+    if not (files := [*filter_repo_objects(names, **patterns)]):
+        logging.getLogger("huggingface_hub").warning("No files matched %s", patterns)
+    for file in files:
         (cache / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(repository / file, cache / file)
     return str(cache)
@@ -666,7 +669,7 @@ def download(
 
 @pytest.mark.parametrize("layout", ["single", "sharded", "single and an index that is left of shards", "another name"])
 def test_a_repository_gives_the_model_and_nothing_else(
-    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only what is read is downloaded, from one commit, and for its tokenizer no weights; a folder with everything in
     it opens as the same model."""
@@ -695,6 +698,7 @@ def test_a_repository_gives_the_model_and_nothing_else(
     files = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
     assert files & set(BESIDE) == {"params.json", "README.md"}
     assert {file for file in files if file.endswith(".safetensors")} == weights
+    assert ("No files matched" in caplog.text) == (layout == "another name")
     expected = {name: values.shape for name, values in model.state_dict().items()}
     for folder in (found, repository):
         assert {name: entry.shape for name, entry in open_folder(folder).entries.items()} == expected

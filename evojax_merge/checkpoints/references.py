@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from evojax_merge.checkpoints.adapters import ADAPTER_FILE
 from evojax_merge.checkpoints.folder import (
     FOREIGN_FILES,
     INDEX_FILE,
@@ -101,11 +102,10 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
         patterns = [f"*/*{suffix}" for suffix in (".json", ".model", ".txt", ".jinja", ".safetensors")]
         return Path(snapshot_download(name, revision=folder.name, allow_patterns=patterns, ignore_patterns=VARIANTS))
     # The snapshot's folder has the name of its commit: the weights come from the same one.
-    folder = fetch(folder.name, [SINGLE_FILE])
-    if not (folder / SINGLE_FILE).exists():
-        index = folder / INDEX_FILE
-        shards = (
-            [glob.escape(file) for file in set(weight_map(index).values())] if index.exists() else ["*.safetensors"]
-        )
-        folder = fetch(folder.name, sorted(shards))
+    index = folder / INDEX_FILE
+    shards = sorted({glob.escape(file) for file in weight_map(index).values()}) if index.exists() else []
+    # The hub's client warns of a pattern that matches no file.
+    folder = fetch(folder.name, [SINGLE_FILE, *(shards or [ADAPTER_FILE])])
+    if not shards and not any((folder / file).exists() for file in (SINGLE_FILE, ADAPTER_FILE)):
+        folder = fetch(folder.name, ["*.safetensors"])
     return folder
