@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -706,6 +706,7 @@ def test_quantised_models_are_planned_by_headers_alone(
     found = SimpleNamespace(tensors={name: SimpleNamespace(**row) for name, row in header.items()})
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.HfApi.parse_safetensors_file_metadata", lambda *_, **options: found)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **options: ["model.safetensors"])
     folders = HeaderFolders(tmp_path / "headers")
     by_headers = resolve_headers(folders, "parents", "owner/name", tmp_path)
     whole = resolve_model("parents", str(tmp_path / "whole"), tmp_path)
@@ -715,6 +716,58 @@ def test_quantised_models_are_planned_by_headers_alone(
     ]
     assert entries[0] == entries[1]
     open_sources([by_headers, by_headers])
+
+
+def offer_headers(hub: Mapping[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hub have these repositories, of which small files and headers may be asked for."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    def names(self: Any, name: str, **options: Any) -> list[str]:
+        return [file.name for file in hub[name].iterdir()]
+
+    def download(name: str, *, local_files_only: bool = False, revision: Any = None, **patterns: Any) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
+        copy = cache / f"models--{name.replace('/', '--')}" / "snapshots" / "0123456789abcdef"
+        copy.mkdir(parents=True, exist_ok=True)
+        for file in filter_repo_objects(names(None, name), **patterns):
+            assert not file.endswith(".safetensors")
+            shutil.copyfile(hub[name] / file, copy / file)
+        return str(copy)
+
+    def metadata(self: Any, name: str, file: str, **options: Any) -> Any:
+        raw = (hub[name] / file).read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        header.pop("__metadata__", None)
+        return SimpleNamespace(tensors={tensor: SimpleNamespace(**row) for tensor, row in header.items()})
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.parse_safetensors_file_metadata", metadata)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", names)
+
+
+def test_larger_models_of_the_hub_are_planned_by_headers_under_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from test_text_decoders import write_family
+
+    write_family(tmp_path, "llava")
+    offer_headers({f"me/{name}": tmp_path / name for name in ("base", "one", "two")}, tmp_path / "cache", monkeypatch)
+    models = {"base": "me/base", "parents": ["me/one", "me/two"], "other_modules": "me/one"}
+    document = search_config(heldout="heldout.jsonl", **models)
+    assert command("plan", write_yaml(tmp_path / "config.yaml", document), "--target", "h100") == 0
+    assert "of me/one kept (" in " ".join(capsys.readouterr().out.split())
+
+
+def test_adapters_of_the_hub_are_planned_by_headers(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_adapters import adapter
+
+    lora, _ = adapter(family.base, tmp_path / "lora")
+    offer_headers({"me/lora": lora}, tmp_path / "cache", monkeypatch)
+    models = {"parents": ["me/lora", str(family.parents[0])]}
+    assert command("plan", write_yaml(tmp_path / "config.yaml", document(family, **models)), "--target", "h100") == 0
 
 
 def test_folders_without_weights_are_planned_by_the_shapes_of_their_configs(

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from evojax_merge.checkpoints.adapters import ADAPTER_FILE
 from evojax_merge.checkpoints.bitsandbytes import STATE
 from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_of
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
 from evojax_merge.checkpoints.derived import sources_of
 from evojax_merge.checkpoints.folder import (
+    FOREIGN_FILES,
     INDEX_FILE,
     PICKLES,
     PIPELINE_INDEX,
@@ -33,7 +35,7 @@ from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.quantised import QuantisedFolder, dequantised_config
 from evojax_merge.checkpoints.references import resolve_by
 from evojax_merge.checkpoints.remote import cached, fetched, header, is_address, opened
-from evojax_merge.errors import InputError, print_warning, shown
+from evojax_merge.errors import InputError, name_in_messages, print_warning, shown
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.system.regular_file import file_inside
 
@@ -141,8 +143,10 @@ class HeaderFolders:
             # The components that have weights have the config of a model.
             parts = [part for part in folder.iterdir() if (part / "config.json").is_file()]
             return folder if all(any(part.glob("*.safetensors")) for part in parts) else None
-        files = [SINGLE_FILE] if not (folder / INDEX_FILE).exists() else set(weight_map(folder / INDEX_FILE).values())
-        return folder if all((folder / file).exists() for file in files) else None
+        index = folder / INDEX_FILE
+        weights = weight_map(index).values() if index.exists() else [ADAPTER_FILE]
+        is_whole = (folder / SINGLE_FILE).exists() or all((folder / file).exists() for file in weights)
+        return folder if is_whole else None
 
     def _fetch(self, name: str, revision: str | None) -> Path:
         """A folder of a repository's small files and the headers of its weights; of a repository of diffusers, with
@@ -153,13 +157,20 @@ class HeaderFolders:
         small = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, ignore_patterns=["*/*"]))
         # The snapshot's folder has the name of its commit: the headers come from the same one.
         commit, index, is_pipeline = small.name, small / INDEX_FILE, (small / PIPELINE_INDEX).exists()
+        listed = HfApi().list_repo_files(name, revision=commit)
         if is_pipeline:
             patterns = [PIPELINE_INDEX, *(f"*/{pattern}" for pattern in SMALL_FILES)]
             small = Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=VARIANTS))
-            listed = HfApi().list_repo_files(name, revision=commit)
             files = filter_repo_objects(listed, allow_patterns=["*/*.safetensors"], ignore_patterns=VARIANTS)
+        elif SINGLE_FILE in listed:
+            files = [SINGLE_FILE]
+        elif index.exists():
+            files = sorted(set(weight_map(index).values()))
         else:
-            files = sorted(set(weight_map(index).values())) if index.exists() else [SINGLE_FILE]
+            # An adapter, or a file of another name.
+            files = filter_repo_objects(
+                listed, allow_patterns=["*.safetensors"], ignore_patterns=["*/*", FOREIGN_FILES]
+            )
         tensors = {}
         for file in files:
             metadata = HfApi().parse_safetensors_file_metadata(name, file, revision=commit)
@@ -172,8 +183,10 @@ class HeaderFolders:
     ) -> Path:
         """A folder with links to small files, and files of headers. tensors: by file; name: the model's, in
         messages."""
-        folder = self.root / str(len(self.known))
+        # Its path ends as that of the hub's cache does, which holds the model's name.
+        folder = self.root.joinpath(str(len(self.known)), *small.relative_to(small.anchor).parts[-3:])
         folder.mkdir(parents=True)
+        name_in_messages(folder, name)
         for source in small.rglob("*") if is_pipeline else small.iterdir():
             # A file of weights that is in the cache would be written to through its link.
             if source.suffix != ".safetensors" and not (is_pipeline and source.is_dir()):

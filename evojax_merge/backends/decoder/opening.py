@@ -90,7 +90,7 @@ class DecoderFactory:
             # The parents of layer paths may differ in their depth.
             sources, configs = open_decoders(opened, tokenizer_choice, open_decoder)
         all_folders = sources.folders
-        other_modules = _other_modules(where, config, folder, all_folders, base, parents)
+        other_modules = _other_modules(where, config, folder, all_folders, base, parents, resolve)
         # The recipe of a layer path need not have all models, nor that of a merge the base.
         fills = config.space is not None and not unmerged_base
         filled = _check_tokens(opened, sources, other_modules, MOST_FILLED if fills else 0.0)
@@ -185,6 +185,7 @@ def _other_modules(
     opened: Sequence[DecoderFolder],
     base: Path | None,
     parents: Sequence[Path],
+    resolve: Resolve,
 ) -> Path | None:
     """The model whose other modules the winner has: the one that the config names, else the base or the first parent
     that has any. None where all are decoders alone. Raises InputError for a model that is not in the search, or that
@@ -195,7 +196,7 @@ def _other_modules(
         return next((model for model in models if model in larger), None)
     named = base if config.other_modules == "base" else None
     if config.other_modules != "base":
-        named = resolve_reference(f"{where}: other_modules", config.other_modules, folder)
+        named = resolve(f"{where}: other_modules", config.other_modules, folder)
     if named is None or named not in models:
         raise InputError(where, "other_modules: expected base or one of the parents")
     if named not in larger:
