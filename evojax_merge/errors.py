@@ -42,8 +42,9 @@ LOG.setLevel(logging.INFO)
 _SECRET_NAME, SHORTEST_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE), 8
 # Secrets that stand in no environment variable, with their names in messages.
 _SECRETS: dict[str, str] = {}
-# The user and the password of an address.
+# The user and the password of an address, and its query, which may be a signature.
 _USER_OF_ADDRESS = re.compile(r"(?<=://)[^/?#\s@]+@")
+_QUERY_OF_ADDRESS = re.compile(r"""(://[^\s?#]+\?)\S*[^\s.,:;?)\]'"]""")
 
 # The user's names of files that the program has made in its cache, by their paths in the cache.
 _USERS_NAMES: dict[str, str] = {}
@@ -84,7 +85,7 @@ def hide(secret: str, name: str) -> None:
 def without_secrets(text: str) -> str:
     """The text with names in place of secrets: `[OPENAI_API_KEY]` for the value of this environment variable, and so
     for each one whose name ends in KEY, TOKEN, SECRET or PASSWORD, in the forms that Python, JSON and addresses give
-    it; and without the users and passwords of addresses."""
+    it; and without the users, passwords and queries of addresses."""
     variables = {value: name for name, value in os.environ.items() if _SECRET_NAME.search(name)}
     forms: dict[str, str] = {}
     for secret, name in (variables | _SECRETS).items():
@@ -96,7 +97,7 @@ def without_secrets(text: str) -> str:
                 forms[form] = f"[{name}]"
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, forms[form])
-    return _USER_OF_ADDRESS.sub("[…]@", text)
+    return _QUERY_OF_ADDRESS.sub(r"\1[…]", _USER_OF_ADDRESS.sub("[…]@", text))
 
 
 def first_line(error: object) -> str:

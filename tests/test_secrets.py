@@ -112,6 +112,8 @@ def test_what_a_library_says_of_a_network_is_shown_without_secrets() -> None:
 def test_users_and_passwords_of_addresses_and_hidden_tokens_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "https://ann:pass-word@host.example/x, ssh://git@host and http://host/@b, see a@b.example"
     assert printable(text) == "https://[…]@host.example/x, ssh://[…]@host and http://host/@b, see a@b.example"
+    text = "base=https://host/x?token=0123&a=b: refused (https://host/y?sig=1)? Yes"
+    assert printable(text) == "base=https://host/x?[…]: refused (https://host/y?[…])? Yes"
     monkeypatch.setattr(errors, "_SECRETS", {})
     hide(SECRET, "token of the hub")
     assert printable(f"403: {SECRET}") == "403: [token of the hub]"
