@@ -10,7 +10,7 @@ from rich.console import Console
 from scipy import stats
 
 from evojax_merge.api.trials import score_table
-from evojax_merge.report.comparison import Result, Row, write_result
+from evojax_merge.report.comparison import Result, Row, verdict, write_result
 from evojax_merge.report.intervals import FEW, NOISE, SAME, TOO_FEW, Lead, paired_lead, unpaired_lead
 from evojax_merge.report.run_data import Result as StoredResult
 from evojax_merge.report.run_tables import heldout_table
@@ -40,6 +40,18 @@ def test_examples_are_compared_pair_by_pair_and_tasks_apart():
     lead = paired_lead(ours, theirs, [0.75, 0.25])
     assert [lead.difference, lead.low, lead.high] == pytest.approx([0.75 * 0.25 - 0.25 * 8] * 3, abs=1e-5)
     assert lead.remark == ""
+
+
+def test_scores_that_differ_by_rounding_are_the_same():
+    """A winner that is a parent, unchanged, is scored by another program than the parent."""
+    theirs = np.random.default_rng(2).normal(-7, 1, size=40).astype(np.float32)
+    ours = np.nextafter(theirs, np.float32(0))
+    assert paired_lead([ours], [theirs], [1.0]).remark == SAME
+    assert paired_lead([ours + np.float32(1e-4)], [theirs], [1.0]).remark == ""
+    lead = paired_lead([ours], [theirs], [1.0])
+    rows = [Row("parent", "one", -6.9999, {}, lead), Row("winner", "two", -7.0, {})]
+    assert verdict(rows[1], rows[0]).startswith("On held-out data the winner is the same as the best parent one")
+    assert rows[0].is_same and not rows[1].is_same
 
 
 @pytest.mark.parametrize("size", [3, 5, 8, 20])

@@ -45,6 +45,11 @@ class Row:
     meetings: Mapping[str, Meetings] = field(default_factory=dict)
 
     @property
+    def is_same(self) -> bool:
+        """Return whether the winner has the same score on every example."""
+        return self.lead is not None and self.lead.remark == SAME
+
+    @property
     def has_too_few_votes(self) -> bool:
         return any(meetings.too_few for meetings in self.meetings.values())
 
@@ -300,7 +305,8 @@ class Result:
     def warnings(self) -> list[str]:
         """The verdicts on tasks without a finite score, on rivals of a higher fitness, and on all else in which the
         winner is worse."""
-        rivals = [row for row in self.rivals if self.winner.fitness < row.fitness and not row.has_too_few_votes]
+        better = [row for row in self.rivals if self.winner.fitness < row.fitness and not row.is_same]
+        rivals = [row for row in better if not row.has_too_few_votes]
         worse = [sentence for row in rivals for sentence in self._sentences(row)]
         broken = [self._guard(guard) for guard in self.guards if not guard.kept]
         return [*self._unmeasured(), *broken, *worse, *self._inherited(), *self._matched()[:1]]
@@ -505,7 +511,7 @@ def write_result(result: Result, generations: int, file: Path, tensors: Sequence
         # the difference.
         "better_than": {
             row.role: {
-                "name": row.name, "better": winner.fitness > row.fitness,
+                "name": row.name, "better": winner.fitness > row.fitness and not row.is_same,
                 "winner_heldout_fitness": winner.fitness, "heldout_fitness": row.fitness,
                 "interval": None if row.lead is None else row.lead.interval,
                 "within_noise": None if row.lead is None else row.lead.within_noise,

@@ -9,13 +9,15 @@ import numpy as np
 CONFIDENCE = 0.95
 # The examples of a task below which no outcomes of right and wrong, however one-sided, pass a sign test at 5%.
 FEW = 6
+# The share of a score that programs of other shapes may round away in float32.
+ROUNDING = 1e-6
 SAME, TOO_FEW, NOISE = "same", "too few examples to say", "within noise"
 
 
 @dataclass(frozen=True)
 class Lead:
     """The lead of one model over another, and its 95% interval, as far as the choice of the examples goes: infinite
-    where there are too few examples to say, [0, 0] where the scores are the same example by example."""
+    where there are too few examples to say, [0, 0] where the scores are the same example by example, up to ROUNDING."""
 
     difference: float
     low: float
@@ -43,6 +45,8 @@ def paired_lead(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], weight
     """The lead of a model over another on the same examples; None where a score is not finite. ours, theirs: for each
     task the scores float[N]; weights: the weight of each task in the fitness."""
     differences = [a.astype(np.float64) - b for a, b in zip(ours, theirs, strict=True)]
+    pairs = zip(ours, differences, strict=True)
+    differences = [np.where(np.abs(task) <= ROUNDING * np.abs(a), 0.0, task) for a, task in pairs]
     if not any(task.any() for task in differences):
         return Lead(0.0, 0.0, 0.0)
     binary = list(map(_is_binary, ours, theirs))
