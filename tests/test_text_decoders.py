@@ -289,6 +289,14 @@ def test_settings_beside_those_of_the_other_modules(tmp_path: Path) -> None:
     np.testing.assert_allclose(torch_logits(load_whole(tmp_path / "one"), tokens_of(0)), expected, atol=1e-4)
 
 
+def test_rows_for_tokens_that_a_config_says_twice_are_written_twice(tmp_path: Path) -> None:
+    save_with_noise(larger_model("llava"), tmp_path, 0)
+    edit_json(tmp_path / "config.json", lambda config: config.update(vocab_size=64))
+    decoder = decoder_of(open_folder(tmp_path))
+    config = decoder.whole_config(decoder.config | {"vocab_size": 60})
+    assert config["vocab_size"] == config["text_config"]["vocab_size"] == 60
+
+
 def test_logits_that_the_larger_model_leaves_unscaled_are_refused(tmp_path: Path) -> None:
     save_with_noise(larger_model("llava"), tmp_path, 0)
     edit_json(tmp_path / "config.json", lambda config: config["text_config"].update(model_type="granite"))

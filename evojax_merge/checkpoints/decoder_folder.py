@@ -239,8 +239,9 @@ class DecoderFolder(Folder):
             return dict(settings)
         if not isinstance(whole.get("text_config"), dict):
             return {**settings, "model_type": whole["model_type"]}
-        tied = {key: settings[key] for key in ("tie_word_embeddings",) if key in settings}
-        return {**whole, "text_config": dict(settings), **tied}
+        # Some files, such as LLaVA 1.6's, repeat the rows for tokens beside the decoder's settings.
+        repeated = ("tie_word_embeddings", *(key for key in ("vocab_size",) if key in whole))
+        return {**whole, "text_config": dict(settings), **{key: settings[key] for key in repeated if key in settings}}
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
