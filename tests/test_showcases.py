@@ -130,6 +130,15 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_script_of_clip_names_a_folder_that_exists(
+    clips: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["clip_eight.py", str(clips)])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(SHOWCASES / "clip_eight.py"), run_name="__main__")
+    assert f"{clips} exists; remove it" in capsys.readouterr().err
+
+
 def test_experts_of_clip_are_whole_models(clips: Path) -> None:
     base = transformers.CLIPModel.from_pretrained(clips / "clip8/base").state_dict()
     for name in ("mnist", "dtd"):

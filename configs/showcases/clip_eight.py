@@ -121,6 +121,8 @@ def main() -> None:
     parser.add_argument("--labels", action="store_true", help="search by right answers; default: by entropy")
     parser.add_argument("--versions", type=Path, help="the commits of models and data sets; default: the newest")
     arguments = parser.parse_args()
+    if arguments.folder.exists():
+        parser.error(f"{arguments.folder} exists; remove it, or name another folder")
     from datasets import load_dataset  # type: ignore[import-not-found]
 
     arguments.folder.mkdir(parents=True)
