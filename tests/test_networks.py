@@ -388,6 +388,21 @@ def test_state_dicts_that_do_not_fit_are_named(nets: Path, tmp_path: Path) -> No
             problem_of(tmp_path / "config.yaml", document(nets, parents=parents))
 
 
+@pytest.mark.parametrize(("stored", "named"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", None)])
+def test_a_network_has_the_dtype_of_its_files(stored: str, named: str | None, tmp_path: Path) -> None:
+    """A merge of the winner's recipe reads the files: the search has to score the same numbers."""
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=SIDE, patch_size=4
+    )
+    model = transformers.ViTForImageClassification(config).to(getattr(torch, stored))
+    model.save_pretrained(tmp_path)
+    settings = read_json(tmp_path / "config.json") | {"dtype": named}
+    write_json(tmp_path / "config.json", {key: value for key, value in settings.items() if value is not None})
+    weights = open_module(tmp_path).state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
 def test_folders_of_wrapped_models_are_named(prefix: str, tmp_path: Path) -> None:
     config = transformers.ViTConfig(

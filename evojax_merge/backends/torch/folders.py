@@ -16,7 +16,7 @@ import torch
 from evojax_merge.backends.torch.network import Network, to_torch
 from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG
 from evojax_merge.checkpoints.allowed_classes import check_folder, library_class
-from evojax_merge.checkpoints.folder import INDEX_FILE, PICKLES, read_header
+from evojax_merge.checkpoints.folder import INDEX_FILE, PICKLES, is_float, open_folder, read_header
 from evojax_merge.checkpoints.hints import wrapper_hint
 from evojax_merge.checkpoints.json_files import read_json, read_json_object
 from evojax_merge.checkpoints.network_checks import check_counts, check_json, check_model, processor_settings
@@ -78,14 +78,21 @@ def open_module(folder: Path) -> Any:
         check_model(folder, lambda config: kind(kind.config_class.from_dict(dict(config))))
         with library_errors(folder, fails):
             module, report = kind.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-            )
+                folder, dtype=_stored_dtype(folder), local_files_only=True, trust_remote_code=False,
+                use_safetensors=True, output_loading_info=True,
+            )  # fmt: skip
     missing = sorted(report["missing_keys"])
     if missing:
         hint = wrapper_hint(missing, report["unexpected_keys"]) or "; expected a model that was trained whole"
         count = f"{len(missing)} tensor{'s' if len(missing) > 1 else ''}"
         raise InputError(folder, f"lacks {count} of {name}, such as {missing[0]}{hint}")
     return module.eval()
+
+
+def _stored_dtype(folder: Path) -> Any:
+    """The torch dtype of a folder's files, whatever its config says; "auto" where they have several."""
+    dtypes = {str(entry.dtype) for entry in open_folder(folder).entries.values() if is_float(entry.dtype)}
+    return getattr(torch, dtypes.pop(), "auto") if len(dtypes) == 1 else "auto"
 
 
 def _check_sentence(folder: Path) -> None:
