@@ -163,7 +163,6 @@ ALLOWED = {
         "tasks/generated_images.py: add",
         "checkpoints/quantised.py: quantisation", "checkpoints/generator_lora.py: _save",
         "checkpoints/kept_vectors.py: prepare_or_read",
-        "backends/torch/folders.py: settings_of",
     ],
     "the names of a folder's entries": [
         "commands/publish.py: stage",
