@@ -5,7 +5,7 @@
     python -m bench spectra --family demo  # the two tiny language models of the quickstart, with RegMean and Fisher
                                            # merging, on prompts of the search split
     python -m bench spectra --family smollm2   # the fine-tunes of SmolLM2, the same for all seeds (three hours of one
-                                               # core); --methods tsv_m swudi: by these alone (an hour)
+                                               # core); --methods tsv_m swudi: by these alone (half an hour of two)
 
 Each method stands at its authors' setting, and searched from there by as many candidates: a weight of each parent for
 every group of tensors, or a strength for `iso_c`. Task arithmetic is the control, with all task vectors added (0.3 of
