@@ -175,9 +175,7 @@ def test_commands_write_files_that_users_name_as_output_files() -> None:
     ]
     assert importing == []
     makers = {file.name for file in commands if "OutputFile(" in file.read_text(encoding="utf-8")}
-    assert makers == {
-        "bench.py", "compare.py", "evaluate.py", "init.py", "inspect.py", "plan.py", "report.py", "batch.py",
-    }  # fmt: skip
+    assert makers == {"bench.py", "compare.py", "evaluate.py", "init.py", "inspect.py", "plan.py", "batch.py"}
 
 
 def test_a_file_is_written_where_its_link_leads(tmp_path: Path) -> None:

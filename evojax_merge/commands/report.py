@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 
 from evojax_merge import plugins
-from evojax_merge.report.page import write_page
+from evojax_merge.report.page import page_file, write_page
 from evojax_merge.report.run_data import RunData
-from evojax_merge.search.run_parts import RunFolder, is_page
+from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.system.console import console
-from evojax_merge.system.file_system import OutputFile, check_outputs
+from evojax_merge.system.file_system import check_outputs
 
 # Seconds between two looks at the files of a run.
 POLL = 1.0
@@ -20,7 +20,7 @@ def report(path: Path, out: Path | None, watch: bool) -> None:
     plugins.load()
     folder = RunFolder(path)
     if out is not None:
-        check_outputs([OutputFile(out, "--out", "is no page", is_page)], {})
+        check_outputs([page_file(folder, out)], {})
     # The run may write while its page is made: that is seen as a change afterwards.
     sizes, run = _sizes(folder), write_page(folder, out)
     console.print(f"wrote {out or folder.page}: {_progress(run)}", soft_wrap=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evojax_merge.evaluation.scores import ROUNDING
+
 CONFIDENCE = 0.95
 # The examples of a task below which no outcomes of right and wrong, however one-sided, pass a sign test at 5%.
 FEW = 6
-# The share of a score that programs of other shapes may round away in float32.
-ROUNDING = 1e-6
 SAME, TOO_FEW, NOISE = "same", "too few examples to say", "within noise"
 
 

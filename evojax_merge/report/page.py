@@ -68,9 +68,13 @@ def write_page(folder: RunFolder, out: Path | None = None, *, working: bool | No
     """Write a run's page; returns the run as it is there. out: the file; None: the run's `report.html`. working: see
     `read_run`. Raises InputError where another file has that name."""
     run = read_run(folder.path, working=working)
-    page = OutputFile(out or folder.page, "--out" if out else "", "is no page", is_page)
-    page.write(run_page(run, refresh=run.state == "running"))
+    page_file(folder, out).write(run_page(run, refresh=run.state == "running"))
     return run
+
+
+def page_file(folder: RunFolder, out: Path | None) -> OutputFile:
+    """The file of a run's page (see `write_page`)."""
+    return OutputFile(out or folder.page, "--out" if out else "", "is no page", is_page)
 
 
 def run_page(run: RunData, *, refresh: bool = False, publication: Publication | None = None) -> str:
