@@ -119,7 +119,10 @@ def compared(kind: str, shape: tuple[int, int], rounds: int, folder: Path) -> tu
     (batch,) = scoring.batches
     arrays = jax.device_put(arrays_of(batch))
 
-    spec, inputs = passes.ScoreSpec(config, SharedModel(), None), ((stored, arrays), (np.zeros(1), None))
+    spec, inputs = (
+        passes.ScoreSpec(config, SharedModel(tuple(config.parts)), None),
+        ((stored, arrays), (np.zeros(1), None)),
+    )
     memory = passes.score.lower(spec, *inputs).compile().memory_analysis()
     assert memory is not None
 

@@ -350,7 +350,7 @@ class Measurer:
     def decoding(self, prompts: int) -> Measurement:
         models, problem, new = self.models, self.models.problem, self.sizes.new_tokens
         config, dtype = problem.backend.models.decoder, problem.facts.compute_dtype
-        factory, everyone, no_draft = SharedModel(), np.zeros(1), 1
+        factory, everyone, no_draft = SharedModel(tuple(config.parts)), np.zeros(1), 1
         tokens = np.random.default_rng(0).integers(3, config.vocab, (prompts, PROMPT)).astype(np.int32)
         model, corpus, no_padding = models.stored, np.zeros((prompts, 0), np.int32), np.zeros(prompts, np.int32)
         laid_out: Any = model

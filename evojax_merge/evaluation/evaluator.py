@@ -169,7 +169,7 @@ class Evaluator:
         """Score one stored model: a population of one."""
         # Every group of devices would compute the same.
         alone = replace(self, chunk=1, devices=ONE_DEVICE, chunk_sizes={})
-        return alone.score(stored(model), progress)
+        return alone.score(stored(model, self.config), progress)
 
     def run(self, numbers: Sequence[int], evaluation: Callable[..., Evaluation], progress: Progress) -> Any:
         """The result of an evaluation of the tasks `numbers`; where it is out of memory, it runs again with half the

@@ -112,10 +112,12 @@ class DifferentiableFactory(LazyMergeFactory):
 
 @dataclass(frozen=True)
 class SharedModel:
-    """One model, replicated; the candidate's own argument is a placeholder."""
+    """One model, replicated; the candidate's own argument is a placeholder. experts: see `in_place`."""
 
-    def __call__(self, replicated: Materialised, candidate: Any) -> Materialised:
-        return replicated
+    experts: tuple[str, ...] = ()
+
+    def __call__(self, replicated: Materialised, candidate: Any) -> Any:
+        return replicated.in_place(self.experts)
 
     def unstack(self, mesh: AnyMesh, replicated: StackedWeights, candidates: Any) -> tuple[UnstackedWeights, Any]:
         return unstack_layers(replicated), candidates
@@ -145,15 +147,16 @@ class AdaptedFactory:
 @dataclass(frozen=True)
 class SharedExpertsFactory:
     """Candidates are some leaves of the layers of a model whose other weights all candidates share: a mixture's router,
-    and its `SLOTS`."""
+    and its `SLOTS`. experts: see `in_place`."""
 
-    def __call__(
-        self, replicated: StackedWeights | UnstackedWeights, candidate: Any
-    ) -> StackedWeights | UnstackedWeights:
+    experts: tuple[str, ...]
+
+    def __call__(self, replicated: StackedWeights | UnstackedWeights, candidate: Any) -> Any:
         if isinstance(replicated, UnstackedWeights):
             layers = zip(replicated.per_layer[LAYERS], candidate, strict=True)
             return replace(replicated, per_layer={LAYERS: tuple(weights | each for weights, each in layers)})
-        return replace(replicated, stacks={LAYERS: replicated.stacks[LAYERS] | candidate})
+        stacks = {LAYERS: replicated.stacks[LAYERS] | candidate}
+        return replace(replicated, stacks=stacks).in_place(self.experts)
 
     def unstack(self, mesh: AnyMesh, replicated: StackedWeights, candidates: Weights) -> tuple[UnstackedWeights, Any]:
         return unstack_layers(replicated), unstack_leaves(mesh, replicated.compute_dtype, candidates)

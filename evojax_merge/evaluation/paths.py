@@ -283,4 +283,4 @@ class PathEvaluator:
         # Images add nothing behind the layers that only fill up the depth.
         images = None if images is None else images.within(len(path.layers))
         runner = replace(self.evaluator, config=config, batched_tasks=[batched_task], images=images)
-        return (yield from generate(runner, stored(model), batched_task, progress))
+        return (yield from generate(runner, stored(model, config), batched_task, progress))

@@ -24,6 +24,7 @@ from evojax_merge.evaluation.planned_passes import merge_bytes
 from evojax_merge.evaluation.programs import CAST, MATERIALISE, RECIPE_GRADIENT, Evaluation, Job, Program
 from evojax_merge.evaluation.routes import by_layer, whole
 from evojax_merge.models.bank import Bank, LeafBank, Recipe
+from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
 
@@ -249,9 +250,9 @@ class ModelPopulation(Population):
             yield rows, jax.device_put(models)
 
 
-def stored(model: StackedWeights) -> Population:
+def stored(model: StackedWeights, config: DecoderConfig) -> Population:
     """A stored model: a population of one."""
-    return Population(SharedModel(), model, np.zeros(1))
+    return Population(SharedModel(tuple(config.parts)), model, np.zeros(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,10 @@
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +74,11 @@ class DecoderConfig:
     head is the transposed input embedding. `position_kinds[i]` is the index of the position tables that layer i takes;
     empty where there is only one set. `positions`: the number of positions where each has an embedding; None: any
     number. `projector`: the projector of a larger model, where it is merged as the decoder is; None: features of images
-    are those behind it.
+    are those behind it. `parts`: the leaves of a layer's experts but for the last bias, each with the axis
+    of an expert's inner entries, counted from the end.
     """
+
+    parts: ClassVar[Mapping[str, int]] = MappingProxyType({})
 
     architecture: str
     hidden: int

@@ -29,6 +29,9 @@ from evojax_merge.models.bank import Bank, Factors, LeafBank, MergeSpec, Paramet
 from evojax_merge.models.layers import Weights, without_upcast
 from evojax_merge.models.sharding import cut_at, map_shards, replicate, shard, shards_of, slice_shards
 
+# A leaf int32[] of a layer whose weights are the experts of all layers: the number of its own first one.
+FIRST_EXPERT = "first_expert"
+
 
 class MaterialisedWeights:
     """The methods of weights that are in memory: all of them, or those outside of the layers."""
@@ -60,6 +63,11 @@ class MaterialisedWeights:
     def head(self, slices: jax.Array) -> jax.Array:
         return self._cast(slices)
 
+    def in_place(self, experts: Sequence[str]) -> "MaterialisedWeights":
+        """The same weights for a pass without derivatives, whose scan over layers leaves the experts' leaves where they
+        are: a slice of a layer's experts, which are most of its weights, is a copy."""
+        return self
+
 
 @struct.dataclass
 class StackedWeights(MaterialisedWeights):
@@ -75,10 +83,35 @@ class StackedWeights(MaterialisedWeights):
         depth = len(next(iter(leaves.values()), ()))
         return [self.layer({name: leaf[i] for name, leaf in leaves.items()}) for i in range(depth)]
 
+    def in_place(self, experts: Sequence[str]) -> MaterialisedWeights:
+        whole: Weights = {}
+        stacks = dict(self.stacks)
+        for stack, leaves in self.stacks.items():
+            if experts and leaves.keys() >= set(experts):
+                layers, count = leaves[experts[0]].shape[:2]
+                whole |= {name: leaves[name].reshape(-1, *leaves[name].shape[2:]) for name in experts}
+                others = {name: leaf for name, leaf in leaves.items() if name not in experts}
+                stacks[stack] = others | {FIRST_EXPERT: count * jnp.arange(layers, dtype=jnp.int32)}
+        return ExpertsInPlace(stacks, whole, self.shared, self.compute_dtype) if whole else self
+
     def unstack(self) -> "UnstackedWeights":
         """The same weights, with each layer in arrays of its own."""
         per_layer = {stack: tuple(self.each_layer(stack)) for stack in self.stacks}
         return UnstackedWeights(per_layer, self.shared, self.compute_dtype)
+
+
+@struct.dataclass
+class ExpertsInPlace(MaterialisedWeights):
+    """A model with its layers stacked, but for their experts. stacks: stack -> leaf -> `[L, …]`, with `FIRST_EXPERT`
+    where a stack's layers have experts; experts: leaf -> `[L E, …]` of all layers, in their own dtype."""
+
+    stacks: dict[str, Weights]
+    experts: Weights
+    shared: Weights
+    compute_dtype: str = struct.field(pytree_node=False, default="float32")
+
+    def layer(self, slice_: Weights) -> Weights:
+        return super().layer(slice_) | (self.experts if FIRST_EXPERT in slice_ else {})
 
 
 @struct.dataclass

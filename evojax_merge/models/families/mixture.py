@@ -18,8 +18,9 @@ from evojax_merge.models.architecture import LAYERS, ROUTER, Architecture, Layer
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import SIZE, Expected
 from evojax_merge.models.families import llama_like
-from evojax_merge.models.layers import ACTIVATIONS, Weights, dense, matmul, rms_norm
+from evojax_merge.models.layers import ACTIVATIONS, Weights, dense, matmul, rms_norm, without_upcast
 from evojax_merge.models.sharding import MODEL_AXIS, cut_at, map_shards, shards_of
+from evojax_merge.models.sources import FIRST_EXPERT
 
 # A leaf int32[E] of candidates that share the weights of K experts: the shared expert that stands at each of the
 # router's E numbers.
@@ -56,8 +57,7 @@ class MixtureConfig(LlamaLikeConfig):
 
     weights_sum_to_one: whether the weights of a token's experts are normalised to sum to 1. shared_mlp: the width of an
     expert that takes every token; 0: there is none. dense_mlp: the width of the MLP of layers without experts; gate:
-    see `Gate`. `parts`: the leaves of the experts but for the last bias, each with the axis of an expert's inner
-    entries, counted from the end; `transposed`: whether their matrices are `[in, out]`.
+    see `Gate`. `transposed`: whether the experts' matrices are `[in, out]`.
     """
 
     experts: int
@@ -330,8 +330,11 @@ def blocks_of(loads: jax.Array, total: int, sizes: tuple[int, ...]) -> Blocks:
     return Blocks(ends[-1], jnp.searchsorted(jnp.asarray(sizes), rows), expert, first[expert] + before, rows)
 
 
-def blocked_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
+def blocked_experts(
+    config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array, first: jax.Array | None
+) -> jax.Array:
     """Sort the tokens by expert, cut them into blocks of a single expert each, and run one block after the other.
+    first: the number among the weights of the layer's first expert; None: 0.
 
     On a CPU XLA multiplies every row with every expert in a ragged matmul. Here only the unused rows of each expert's
     last block are computed in vain.
@@ -340,6 +343,8 @@ def blocked_experts(config: MixtureConfig, weights: Weights, x: jax.Array, exper
     chosen, total = experts.reshape(-1), experts.size
     sizes = block_sizes(tokens, per_token, config.experts)
     blocks = blocks_of(jnp.bincount(chosen, length=config.experts), total, sizes)
+    if first is not None:
+        blocks = replace(blocks, expert=blocks.expert + first)
     order = jnp.argsort(chosen, stable=True)
     # The last block may reach behind the last row.
     rows = x[jnp.pad(order // per_token, (0, sizes[-1]))]
@@ -416,19 +421,29 @@ def _block(blocks: Blocks, number: jax.Array) -> Blocks:
 def _operands(weights: Weights, rows: jax.Array, block: Blocks, size: int) -> tuple[Weights, jax.Array]:
     """The weights of a block's expert, and the block's rows."""
     expert_weights = {
-        name: jax.lax.dynamic_index_in_dim(leaf, block.expert, keepdims=False) for name, leaf in weights.items()
+        name: jax.lax.dynamic_index_in_dim(*without_upcast(leaf, block.expert), keepdims=False).astype(rows.dtype)
+        for name, leaf in weights.items()
     }
     return expert_weights, jax.lax.dynamic_slice_in_dim(rows, block.begin, size)
 
 
 def weighted_experts(
-    config: MixtureConfig, weights: Weights, x: jax.Array, shares: jax.Array, experts: jax.Array
-) -> jax.Array:
-    """The sum of the outputs of each token's experts for `[N, hidden]`, weighted by `shares` float32[N, A]."""
+    config: MixtureConfig, weights: Weights, x: jax.Array, shares: jax.Array, experts: jax.Array,
+    first: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """The sum of the outputs of each token's experts for `[N, hidden]`, weighted by `shares` float32[N, A]. first: see
+    `blocked_experts`."""
+
+    def of_layer(compute: Callable[..., jax.Array], weights: Weights, x: Any, experts: Any, first: Any) -> jax.Array:
+        if first is not None:
+            cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=config.experts)
+            weights = {name: cut(leaf).astype(x.dtype) for name, leaf in weights.items()}
+        return compute(config, weights, x, experts)
+
     # By the platform that the program is compiled for, which need not be this machine's.
     outputs = jax.lax.platform_dependent(
-        weights, x, experts, cpu=partial(blocked_experts, config), cuda=partial(gpu_experts, config),
-        default=partial(joined_ragged_experts, config),
+        weights, x, experts, first, cpu=partial(blocked_experts, config), cuda=partial(of_layer, gpu_experts),
+        default=partial(of_layer, joined_ragged_experts),
     )  # fmt: skip
     # A batched product of a row with a matrix would not be fused with the gather of the rows.
     weighted = (shares[:, a, None] * outputs[:, a].astype(jnp.float32) for a in range(shares.shape[1]))
@@ -445,19 +460,20 @@ def mixture(config: MixtureConfig, weights: Weights, x: jax.Array) -> jax.Array:
             experts = weights[SLOTS][experts]
     expert_weights = {name: weights[name] for name in config.parts}
     inputs = dense(rows, weights, "into_latent") if "into_latent" in weights else rows
+    first = weights.get(FIRST_EXPERT)
     with jax.named_scope("experts"):
         if shards_of(config.mlp) == 1:
-            total = weighted_experts(config, expert_weights, inputs, shares, experts)
+            total = weighted_experts(config, expert_weights, inputs, shares, experts, first)
         else:
             # Each device has a shard of every expert; without map_shards the compiler would add up the devices' results
             # for each block.
             parts = {name: cut_at(weights[name].ndim, axis) for name, axis in config.parts.items()}
-            cuts = parts, *[cut_at(2, None)] * 3
+            cuts = parts, *[cut_at(2, None)] * 3, None if first is None else cut_at(0, None)
 
             def part(device: jax.Array, *operands: Any) -> jax.Array:
                 return jax.lax.psum(weighted_experts(config, *operands), MODEL_AXIS)
 
-            total = map_shards(part, cuts, cut_at(2, None), expert_weights, inputs, shares, experts)
+            total = map_shards(part, cuts, cut_at(2, None), expert_weights, inputs, shares, experts, first)
     if "from_latent" in weights:
         total = dense(total, weights, "from_latent")
     if "down_bias" in weights:

@@ -18,9 +18,8 @@ from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.config.search_config import BankPlace, Config
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, PopulationEvaluator, Progress
-from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.paths import PathEvaluator
-from evojax_merge.evaluation.populations import Population
+from evojax_merge.evaluation.populations import Population, stored
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.account import TensorFate, account_of_search
 from evojax_merge.mergekit.execute import merge_to
@@ -209,4 +208,4 @@ class MergedCandidates(Candidates):
 
 def one_model(sources: Sources, config: DecoderConfig, compute_dtype: str, place: Place) -> Population:
     """A stored model as a planned population: candidates that are scored one after the other."""
-    return Population(SharedModel(), abstract_stored(sources, config, compute_dtype, place), np.zeros(1))
+    return stored(abstract_stored(sources, config, compute_dtype, place), config)

@@ -172,7 +172,8 @@ class MixtureCandidates(Candidates):
         return {"router": routers.astype(FLOAT_DTYPES[self.export_dtype]), SLOTS: mixtures.experts.astype(np.int32)}
 
     def _population(self, evaluator: Evaluator, model: StackedWeights, leaves: dict[str, np.ndarray]) -> Population:
-        return Population(SharedExpertsFactory(), replace(model, compute_dtype=evaluator.compute_dtype), leaves)
+        factory = SharedExpertsFactory(tuple(self._decoder.parts))
+        return Population(factory, replace(model, compute_dtype=evaluator.compute_dtype), leaves)
 
     def evaluator(self, decoder: Evaluator, bank: StackedWeights) -> PopulationEvaluator:
         def populations(evaluator: Evaluator, model: StackedWeights, mixtures: Mixtures) -> list[Population]:
