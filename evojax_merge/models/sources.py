@@ -84,15 +84,8 @@ class StackedWeights(MaterialisedWeights):
         return [self.layer({name: leaf[i] for name, leaf in leaves.items()}) for i in range(depth)]
 
     def in_place(self, experts: Sequence[str]) -> MaterialisedWeights:
-        whole: Weights = {}
-        stacks = dict(self.stacks)
-        for stack, leaves in self.stacks.items():
-            if experts and leaves.keys() >= set(experts):
-                layers, count = leaves[experts[0]].shape[:2]
-                whole |= {name: leaves[name].reshape(-1, *leaves[name].shape[2:]) for name in experts}
-                others = {name: leaf for name, leaf in leaves.items() if name not in experts}
-                stacks[stack] = others | {FIRST_EXPERT: count * jnp.arange(layers, dtype=jnp.int32)}
-        return ExpertsInPlace(stacks, whole, self.shared, self.compute_dtype) if whole else self
+        has_experts = any(experts and leaves.keys() >= set(experts) for leaves in self.stacks.values())
+        return ExpertsInPlace(self, tuple(experts)) if has_experts else self
 
     def unstack(self) -> "UnstackedWeights":
         """The same weights, with each layer in arrays of its own."""
@@ -102,16 +95,40 @@ class StackedWeights(MaterialisedWeights):
 
 @struct.dataclass
 class ExpertsInPlace(MaterialisedWeights):
-    """A model with its layers stacked, but for their experts. stacks: stack -> leaf -> `[L, …]`, with `FIRST_EXPERT`
-    where a stack's layers have experts; experts: leaf -> `[L E, …]` of all layers, in their own dtype."""
+    """A model with its layers stacked. A scan takes its layers without their experts, the leaves of these names, which
+    each layer has of all layers, `[L E, …]`, in the dtype that they are stored in."""
 
-    stacks: dict[str, Weights]
-    experts: Weights
-    shared: Weights
-    compute_dtype: str = struct.field(pytree_node=False, default="float32")
+    model: StackedWeights
+    experts: tuple[str, ...] = struct.field(pytree_node=False)
+
+    @property
+    def shared(self) -> Weights:  # type: ignore[override]
+        return self.model.shared
+
+    @property
+    def compute_dtype(self) -> str:  # type: ignore[override]
+        return self.model.compute_dtype
+
+    @property
+    def stacks(self) -> dict[str, Weights]:
+        def cut(leaves: Weights) -> Weights:
+            if not leaves.keys() >= set(self.experts):
+                return leaves
+            layers, count = leaves[self.experts[0]].shape[:2]
+            others = {name: leaf for name, leaf in leaves.items() if name not in self.experts}
+            return others | {FIRST_EXPERT: count * jnp.arange(layers, dtype=jnp.int32)}
+
+        return {stack: cut(leaves) for stack, leaves in self.model.stacks.items()}
 
     def layer(self, slice_: Weights) -> Weights:
-        return super().layer(slice_) | (self.experts if FIRST_EXPERT in slice_ else {})
+        weights = super().layer(slice_)
+        if FIRST_EXPERT not in slice_:
+            return weights
+        (leaves,) = [leaves for leaves in self.model.stacks.values() if leaves.keys() >= set(self.experts)]
+        return weights | {name: leaves[name].reshape(-1, *leaves[name].shape[2:]) for name in self.experts}
+
+    def each_layer(self, stack: str) -> Sequence[Weights]:
+        return self.model.each_layer(stack)
 
 
 @struct.dataclass
