@@ -23,7 +23,7 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask, halve_batches
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices, free_memory
 from evojax_merge.evaluation.generation import Continuations, generate
 from evojax_merge.evaluation.memory import is_out_of_memory
-from evojax_merge.evaluation.passes import DifferentiableFactory, LazyMergeFactory, TracedPass
+from evojax_merge.evaluation.passes import LazyMergeFactory, TracedPass
 from evojax_merge.evaluation.populations import (
     MergeParts,
     MergePopulation,
@@ -160,8 +160,7 @@ class Evaluator:
         # Recipes on the host are cut into chunks without compiling anything.
         recipes = jax.tree.map(np.asarray, recipes)
         if isinstance(bank, StreamedBank):
-            lazy, gradient = LazyMergeFactory(spec, self.compute_dtype), DifferentiableFactory(spec, self.compute_dtype)
-            return StreamedPopulation(lazy, MergeParts(bank), recipes, gradient)
+            return StreamedPopulation(LazyMergeFactory(spec, self.compute_dtype), MergeParts(bank), recipes)
         prefetch_layers = not self.target.is_accelerator
         return MergePopulation(LazyMergeFactory(spec, self.compute_dtype, prefetch_layers), bank, recipes)
 
