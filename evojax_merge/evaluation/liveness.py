@@ -65,14 +65,14 @@ class Exchange:
     is_sum: bool
     is_repeated: bool = False
 
-    def sent_bytes(self, shards: int) -> float:
-        """Bytes that each device sends to the next in a ring: a sum goes round twice."""
-        return (2 if self.is_sum else 1) * (shards - 1) / shards * self.nbytes
-
 
 def sent_bytes(exchanged: Mapping[Exchange, int], shards: int, steps: int = 1) -> float:
-    """Bytes that each device sends. steps: how often the body of a `while` loop runs."""
-    return sum(one.sent_bytes(shards) * count * (steps if one.is_repeated else 1) for one, count in exchanged.items())
+    """Bytes that each device sends to the next in a ring: a sum goes round twice. steps: how often the body of a
+    `while` loop runs."""
+    return sum(
+        (2 if one.is_sum else 1) * (shards - 1) / shards * one.nbytes * count * (steps if one.is_repeated else 1)
+        for one, count in exchanged.items()
+    )
 
 
 # The number of a value that is written out in the program.

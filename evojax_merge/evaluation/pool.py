@@ -413,7 +413,12 @@ class MemberParts(Parts):
     def _part(
         self, parts: Sequence[LeavesOfPart], loads: Sequence[Callable[[np.ndarray], Any]], numbers: np.ndarray
     ) -> Part:
-        leaves = {leaf.name: without_arrays(leaf) for part, _ in parts for leaf in part}
+        # Without sources: where devices share a model, a leaf's shards alone are read.
+        leaves = {
+            leaf.name: LeafBank(None, shard_axis=leaf.sharded_axis, has_experts=leaf.has_experts)  # type: ignore[arg-type]
+            for part, _ in parts
+            for leaf in part
+        }
         weights: dict[str, Any] = {}
         for load in loads:
             weights |= load(numbers)
@@ -448,11 +453,6 @@ class MemberParts(Parts):
         stacks: Any = {stack: shapes(stack_leaves(self.config, stack)) for stack in stack_numbers(self.config)}
         shared: Any = shapes(shared_leaves(self.config))
         return StackedWeights(stacks, shared, population.factory.compute_dtype)
-
-
-def without_arrays(leaf: Leaf) -> LeafBank:
-    """A leaf of a bank that has no sources: where devices share a model, its shards alone are read."""
-    return LeafBank(None, shard_axis=leaf.sharded_axis, has_experts=leaf.has_experts)  # type: ignore[arg-type]
 
 
 def on_devices(children: LazyChildren, devices: Devices) -> LoadPart:

@@ -12,22 +12,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from evojax_merge.evaluation import passes
+from evojax_merge.evaluation import passes, programs
 from evojax_merge.evaluation.batched_tasks import BatchedTask, halve_batches
 from evojax_merge.evaluation.devices import on_host, pad_chunk, size_of
 from evojax_merge.evaluation.passes import trace
-from evojax_merge.evaluation.programs import (
-    ALL_READ,
-    GRADIENT,
-    PREFIX,
-    PREFIX_GRADIENT,
-    SCORE,
-    SUM,
-    Each,
-    Evaluation,
-    Job,
-    Program,
-)
+from evojax_merge.evaluation.programs import ALL_READ, Each, Evaluation, Job, Program
 from evojax_merge.evaluation.responses import enter, score_gradients
 from evojax_merge.models.decoder import LayerStates
 from evojax_merge.tasks.batches import ScoringBatch
@@ -142,9 +131,9 @@ def _batch_job(
     `weights: float32[P, S]` where there are such. Returns the batch and the results."""
     spec = passes.ScoreSpec(evaluator.config, source.factory, evaluator.devices.mesh, batched_task.requests.logits_fn)
     shared = (source.replicated, evaluator.batch_arrays(batched_task, batch))
-    name, function, each = SCORE, passes.score, [source.candidates, prefix]
+    name, function, each = programs.SCORE, passes.score, [source.candidates, prefix]
     if weights is not None:
-        name, function = GRADIENT, passes.score_gradient
+        name, function = programs.GRADIENT, passes.score_gradient
         each.append(np.where(batch.rows >= 0, weights[:, batch.rows], 0).astype(np.float32))
     results = yield Program(
         name, function, (spec, shared, tuple(each)), source.size, holds=(source.holds, prefix),
@@ -162,11 +151,11 @@ def read_prefix(
     spec = passes.PassSpec(evaluator.config, source.factory, evaluator.devices.mesh)
     images = evaluator.images_of(batched_task).of_prefix(shared_prefix)
     arguments = (spec, (source.replicated, shared_prefix, images), source.candidates)
-    return (
-        yield Program(
-            PREFIX, passes.prefill_prefix, arguments, source.size, holds=source.holds, merge_bytes=source.merge_bytes
-        )
-    )
+    program = Program(
+        programs.PREFIX, passes.prefill_prefix, arguments, source.size, holds=source.holds,
+        merge_bytes=source.merge_bytes,
+    )  # fmt: skip
+    return (yield program)
 
 
 def _differentiating(
@@ -196,10 +185,10 @@ def _differentiating(
         images = evaluator.images_of(batched_task).of_prefix(scoring.shared_prefix)
         arguments = (spec, (source.replicated, scoring.shared_prefix, images), (source.candidates, cotangents))
         through = yield Program(
-            PREFIX_GRADIENT, passes.prefix_gradient, arguments, source.size, holds=holds,
+            programs.PREFIX_GRADIENT, passes.prefix_gradient, arguments, source.size, holds=holds,
             merge_bytes=source.merge_bytes,
         )  # fmt: skip
-        gradient = yield Program(SUM, passes.add, (gradient, through), source.size, is_priced=False)
+        gradient = yield Program(programs.SUM, passes.add, (gradient, through), source.size, is_priced=False)
     if materialised:
         gradient = yield from population.pull_back(mesh, candidates, gradient, holds)
     return gradient
