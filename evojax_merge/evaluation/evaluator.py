@@ -24,13 +24,7 @@ from evojax_merge.evaluation.devices import ONE_DEVICE, Devices, free_memory
 from evojax_merge.evaluation.generation import Continuations, generate
 from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import LazyMergeFactory, TracedPass
-from evojax_merge.evaluation.populations import (
-    MergeParts,
-    MergePopulation,
-    Population,
-    StreamedPopulation,
-    stored,
-)
+from evojax_merge.evaluation.populations import MergeParts, MergePopulation, Population, StreamedPopulation, stored
 from evojax_merge.evaluation.programs import Each, Evaluation, Job, Program
 from evojax_merge.evaluation.responses import arrays_of, score_task
 from evojax_merge.evaluation.routes.whole import MATERIALISE_FRACTION

@@ -22,14 +22,7 @@ from evojax_merge.models.adapted import AdaptedModel, LowRankLayout
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import (
-    CacheUpdate,
-    HeadSource,
-    LayerStates,
-    forward,
-    logits,
-    target_logprobs,
-)
+from evojax_merge.models.decoder import CacheUpdate, HeadSource, LayerStates, forward, logits, target_logprobs
 from evojax_merge.models.generate import DecodeState
 from evojax_merge.models.layers import SequenceLayout, Weights, prefix_layout
 from evojax_merge.models.sources import LazyMerge, StackedWeights, UnstackedWeights

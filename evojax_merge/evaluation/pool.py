@@ -28,14 +28,7 @@ from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.passes import PerCandidateModel
-from evojax_merge.evaluation.populations import (
-    Bring,
-    ModelPopulation,
-    Part,
-    Parts,
-    Population,
-    StreamedPopulation,
-)
+from evojax_merge.evaluation.populations import Bring, ModelPopulation, Part, Parts, Population, StreamedPopulation
 from evojax_merge.evaluation.routes.whole import MATERIALISE_FRACTION
 from evojax_merge.models.architecture import (
     EMBEDDING,

@@ -69,6 +69,7 @@ def or_null(expected: Expected) -> Expected:
 SIZE = whole(1, 2**31 - 1)
 SWITCH = Expected(lambda value: isinstance(value, bool), "true or false")
 OFF = Expected(lambda value: value is None or value is False, "null or false")
+ANYTHING = Expected(lambda value: True, "any value")
 TEXT = Expected(lambda value: isinstance(value, str), "a text")
 TEXTS = Expected(
     lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of texts"

@@ -54,13 +54,7 @@ from evojax_merge.models.layers import (
     without_upcast,
 )
 from evojax_merge.models.projector import project
-from evojax_merge.models.recurrence import (
-    Histories,
-    RowRecurrence,
-    StepRecurrence,
-    empty_state,
-    histories,
-)
+from evojax_merge.models.recurrence import Histories, RowRecurrence, StepRecurrence, empty_state, histories
 from evojax_merge.models.sharding import replicate, shards_of
 from evojax_merge.models.sources import StackedWeights, UnstackedWeights
 

@@ -53,12 +53,7 @@ from evojax_merge.search.run_parts import (
     remove_log,
     sweep,
 )
-from evojax_merge.search.run_schema import (
-    GROUPS,
-    StoredResult,
-    read_result,
-    read_run_config,
-)
+from evojax_merge.search.run_schema import GROUPS, StoredResult, read_result, read_run_config
 from evojax_merge.system.file_system import (
     atomic_folder,
     atomic_write,

@@ -14,15 +14,7 @@ from evojax_merge.models.config_keys import FINITE, SIZE, SWITCH, Expected, abov
 from evojax_merge.models.families import granite, llama_like
 from evojax_merge.models.families.granite_hybrid import MAMBA_KEYS, read_mamba
 from evojax_merge.models.families.llama_like import BIASES, project_qkv
-from evojax_merge.models.layers import (
-    ACTIVATIONS,
-    Attend,
-    CosSin,
-    KeyValue,
-    Weights,
-    dense,
-    rms_norm,
-)
+from evojax_merge.models.layers import ACTIVATIONS, Attend, CosSin, KeyValue, Weights, dense, rms_norm
 from evojax_merge.models.mamba2 import Mamba
 from evojax_merge.models.recurrence import Recur
 

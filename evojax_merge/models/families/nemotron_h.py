@@ -10,6 +10,7 @@ import jax
 from evojax_merge.models import mamba2
 from evojax_merge.models.architecture import LAYERS, RECURRENCE, LayerType, Leaf
 from evojax_merge.models.config_keys import (
+    ANYTHING,
     EPSILON,
     KERNEL,
     OFF,
@@ -181,7 +182,6 @@ UNREAD = (
     "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_limit", "time_step_max",
     "use_mamba_kernels",
 )  # fmt: skip
-ANYTHING = Expected(lambda value: True, "any value")
 
 
 def read(hf: Mapping[str, Any]) -> NemotronHConfig:
