@@ -79,6 +79,11 @@ class Leaf:
         return self.tensor.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
+def leaves_in(module: str, component: str, stack: str) -> Callable[..., Leaf]:
+    """(name, tensor, *shape, **further fields) -> a leaf of a stack whose tensor's name begins with `module`."""
+    return lambda name, tensor, *shape, **more: Leaf(name, module + tensor, component, shape, stack, **more)
+
+
 Block = Callable[[Any, Weights, jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 

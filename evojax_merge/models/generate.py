@@ -177,10 +177,6 @@ def decode(
     arguments = (candidates, state, prefix)
     candidates, state, prefix = jax.tree.map(lambda leaf: leaf[0], arguments) if single else arguments
 
-    def unfinished(carry: Any) -> jax.Array:
-        number, state = carry
-        return (number < steps) & ~state.done.all()
-
     def body(carry: Any) -> Any:
         number, state = carry
         # Without draft tokens all running sequences end in one column.
@@ -219,7 +215,8 @@ def decode(
         states = _accept(states, accepted)
         return number + 1, DecodeState(tokens, num_generated, states, state.left_pad, done)
 
-    state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    begin = jnp.int32(0), state
+    _, state = jax.lax.while_loop(lambda carry: (carry[0] < steps) & ~carry[1].done.all(), body, begin)
     return jax.tree.map(lambda leaf: leaf[None], state) if single else state
 
 

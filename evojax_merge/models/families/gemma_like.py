@@ -93,6 +93,14 @@ def read_gemma(
     )
 
 
+# In GGUF files: the metadata behind keys of config.json.
+GGUF_KEYS = {
+    "attn_logit_softcapping": (".attn_logit_softcapping", FACTOR),
+    "final_logit_softcapping": (".final_logit_softcapping", FACTOR),
+    "sliding_window": (".attention.sliding_window", SIZE),
+}
+
+
 def gguf_settings(file: GgufFile, large: int) -> dict[str, Any]:
     """The keys of config.json for a Gemma's GGUF file. Soft caps and windows that the file does not name are left to
     the defaults of the config's class. large: the number of layers of the model whose queries are scaled by the hidden
@@ -101,12 +109,7 @@ def gguf_settings(file: GgufFile, large: int) -> dict[str, Any]:
     is_large = settings["num_hidden_layers"] == large
     per_head = settings["hidden_size"] // max(settings["num_attention_heads"], 1)
     settings["query_pre_attn_scalar"] = per_head if is_large else settings["head_dim"]
-    keys = {
-        "attn_logit_softcapping": (".attn_logit_softcapping", FACTOR),
-        "final_logit_softcapping": (".final_logit_softcapping", FACTOR),
-        "sliding_window": (".attention.sliding_window", SIZE),
-    }
-    for name, (key, expected) in keys.items():
+    for name, (key, expected) in GGUF_KEYS.items():
         if file.key(key) in file.metadata:
             settings[name] = file.value(key, expected)
     return settings
@@ -115,8 +118,5 @@ def gguf_settings(file: GgufFile, large: int) -> dict[str, Any]:
 def gguf_metadata(values: Mapping[str, Any]) -> Settings:
     """The inverse of `gguf_settings`."""
     metadata, tensors = llama_metadata(values)
-    keys = {
-        ".attn_logit_softcapping": "attn_logit_softcapping", ".final_logit_softcapping": "final_logit_softcapping",
-        ".attention.sliding_window": "sliding_window",
-    }  # fmt: skip
-    return metadata | {name: values[key] for name, key in keys.items() if values.get(key) is not None}, tensors
+    written = {key: values[name] for name, (key, _) in GGUF_KEYS.items() if values.get(name) is not None}
+    return metadata | written, tensors
