@@ -118,7 +118,6 @@ class Evaluator:
         return sum(batched_task.batches for batched_task in self.batched_tasks) * population
 
     def images_of(self, batched_task: BatchedTask) -> TaskImages:
-        """The images that a task's passes take."""
         return TaskImages(self.images if batched_task.has_images else None)
 
     def batch_arrays(self, batched_task: BatchedTask, batch: ScoringBatch) -> dict[str, Any]:

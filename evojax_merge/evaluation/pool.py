@@ -91,7 +91,6 @@ def part_shape(config: DecoderConfig, leaf: Leaf) -> tuple[int, ...]:
 
 
 def part_bytes(config: DecoderConfig, export_dtype: str, part: LeavesOfPart) -> int:
-    """Bytes of a part of a member."""
     return sum(prod(part_shape(config, leaf)) for leaf in part[0]) * FLOAT_DTYPES[export_dtype].itemsize
 
 
@@ -121,7 +120,6 @@ class PoolBank:
         return FLOAT_DTYPES[self.export_dtype]
 
     def member_bytes(self) -> int:
-        """Bytes of a bred member."""
         shapes = tensor_shapes(self.config).values()
         return sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes) * self.dtype.itemsize
 

@@ -32,7 +32,6 @@ def leaves(projections: dict[str, tuple[str, str]]) -> tuple[Leaf, ...]:
 
 
 def dimensions(shape: RecurrentShape) -> dict[str, int]:
-    """The sizes of the axes of a layer's leaves."""
     heads = shape.groups * shape.repeats
     values = heads * shape.value
     return {

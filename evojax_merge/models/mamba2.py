@@ -57,7 +57,6 @@ def leaves(module: str, stack: str) -> tuple[Leaf, ...]:
 
 
 def dimensions(mamba: Mamba) -> dict[str, int]:
-    """The sizes of the axes of a layer's leaves."""
     shape, inner = mamba.shape, mamba.inner
     heads = shape.groups * shape.repeats
     return {

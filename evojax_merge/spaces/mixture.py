@@ -46,7 +46,6 @@ class MixtureSpace:
 
     @property
     def groups(self) -> list[str]:
-        """The groups' labels."""
         return layer_spans(self.layers, self.layers_per_group)
 
     @cached_property

@@ -191,52 +191,35 @@ def _side_by_side(threads: bool, jobs: Iterator[Job]) -> Each:
 def _scoring(
     evaluator: "Evaluator", population: "StreamedPopulation", tasks: Sequence[BatchedTask], chunk: int,
     responses: Sequence[Responses], progress: "Progress", waits: StatesPlacement,
+    weights: Sequence[np.ndarray] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score the rows of all tasks, `chunk` candidates together, in one run through the bank; enters the results in
-    `responses`. waits: where the hidden states of all candidates are meanwhile."""
+    `responses`. waits: where the hidden states of all candidates are meanwhile. weights: of the totals that
+    `_differentiating` differentiates, which goes on from the states before each layer, the derivatives of the answers,
+    and the returned passes' spec, tasks' inputs, chunks, makers of jobs and reports."""
     spec = passes.PassSpec(evaluator.config, population.factory, evaluator.devices.mesh)
     inputs = [inputs_of(evaluator, batched_task) for batched_task in tasks]
     chunks = [Chunk(rows, candidates) for rows, candidates in population.chunks(chunk)]
-    side_by_side = partial(_side_by_side, evaluator.runs_two_jobs(population.parts.layer_bytes))
-    steps = sum(len(task.batches) for task in inputs) * population.size
-
-    def answering(part: "Part", one: Chunk) -> Job:
-        ends, candidates = part
-        for i, task in enumerate(inputs):
-            head = passes.ScoreSpec(spec.config, spec.factory, spec.mesh, task.task.requests.logits_fn)
-            for batch, arrays, x in zip(task.scoring_batches, task.batches, one.states[-1].batches[i], strict=True):
-                read = partial(enter, responses[i], one.rows, batch)
-                yield Program(
-                    programs.HEAD, layer_passes.answer, (head, (ends, arrays), (candidates, x)), chunk, read=read
-                )
-
-    layer_done = partial(_layer_done, progress, steps, population.parts.depth)
-    yield from _forward(population, chunks, side_by_side, spec, inputs, waits, False, layer_done, answering)
-
-
-def _forward(
-    population: "StreamedPopulation", chunks: Sequence[Chunk], side_by_side: Callable[[Iterator[Job]], Each],
-    spec: passes.PassSpec, inputs: Sequence[TaskInputs], waits: StatesPlacement, keeps_states: bool,
-    layer_done: Callable[[int], None], answering: Callable[["Part", Chunk], Job],
-) -> Evaluation:  # fmt: skip
-    """Embed the tokens, take all chunks through the layers, and answer, a job for each chunk and part of the model."""
+    runs, depth = 1 if weights is None else 2, population.parts.depth
+    side_by_side = partial(_side_by_side, evaluator.runs_two_jobs(runs * population.parts.layer_bytes))
     parts = population.parts.bring([one.candidates for one in chunks])
+    steps = sum(len(task.batches) for task in inputs) * population.size
 
     def each(job: Callable[["Part", Chunk], Job]) -> Each:
         """A job for each chunk and its part of the next of `parts`, which is gone when the jobs are."""
         bring = next(parts)
         return side_by_side(job(bring(one.candidates), one) for one in chunks)
 
+    def layer_done(number: int) -> None:
+        """Report the share of a layer in the steps; `number` counts those of both runs."""
+        progress(steps * (number + 1) // (runs * depth) - steps * number // (runs * depth))
+
     yield each(partial(_embed, spec, inputs, waits))
-    for number in range(population.parts.depth):
-        yield each(partial(_forward_layer, spec, number, inputs, waits, keeps_states))
+    for number in range(depth):
+        yield each(partial(_forward_layer, spec, number, inputs, waits, weights is not None))
         layer_done(number)
-    yield each(answering)
-
-
-def _layer_done(progress: "Progress", steps: int, depth: int, number: int) -> None:
-    """Report the share of layer `number` of so many in the steps of an evaluation."""
-    progress(steps * (number + 1) // depth - steps * number // depth)
+    yield each(partial(_answer, spec, inputs, waits, responses, weights))
+    return spec, inputs, chunks, side_by_side, layer_done
 
 
 def _embed(
@@ -309,6 +292,35 @@ def _merge(spec: passes.PassSpec, part: "Part", size: int) -> Program:
     return Program(programs.MERGE, layer_passes.merge_layer, (merging, *part), size, merge_bytes=moved)
 
 
+def _answer(
+    spec: passes.PassSpec, inputs: Sequence[TaskInputs], waits: StatesPlacement, responses: Sequence[Responses],
+    weights: Sequence[np.ndarray] | None, part: "Part", chunk: Chunk,
+) -> Job:  # fmt: skip
+    """Answer the tasks' rows from a chunk's states behind the last layer, and differentiate the answers where there are
+    `weights`."""
+    (ends, candidates), last, size = part, chunk.states.pop(), size_of(chunk.candidates)
+    for i, task in enumerate(inputs):
+        head = passes.ScoreSpec(spec.config, spec.factory, spec.mesh, task.task.requests.logits_fn)
+        cotangents = []
+        for batch, arrays, x in zip(task.scoring_batches, task.batches, last.batches[i], strict=True):
+            read, shared = partial(enter, responses[i], chunk.rows, batch), (ends, arrays)
+            if weights is None:
+                yield Program(programs.HEAD, layer_passes.answer, (head, shared, (candidates, x)), size, read=read)
+                continue
+            padded = pad_chunk(weights[i], chunk.rows, size)
+            real = np.where(batch.rows >= 0, padded[:, batch.rows], 0).astype(np.float32)
+            _, _, slope, cotangent = yield Program(
+                programs.HEAD_GRADIENT, layer_passes.answer_gradient, (head, shared, (candidates, x, real)), size,
+                read=read,
+            )  # fmt: skip
+            chunk.slope = yield from _sum(chunk.slope, slope, size)
+            cotangents.append(waits.keep(cotangent))
+        if weights is not None:
+            # Nothing depends on the prefix's states behind the last layer.
+            chunk.behind.prefixes.append(jax.tree.map(_zeros, last.prefixes[i]))
+            chunk.behind.batches.append(cotangents)
+
+
 def _differentiating(
     evaluator: "Evaluator", population: "StreamedPopulation", tasks: Sequence[BatchedTask], chunk: int,
     weights: Sequence[np.ndarray], responses: Sequence[Responses], gradient: Recipe, progress: "Progress",
@@ -318,39 +330,14 @@ def _differentiating(
     two runs through the bank: the states before each layer are kept, and the layers come back in reverse. Enters the
     results in `gradient`, float32, and the responses in `responses`."""
     bank = population.parts.bank
-    spec = passes.PassSpec(evaluator.config, population.factory, evaluator.devices.mesh)
-    inputs = [inputs_of(evaluator, batched_task) for batched_task in tasks]
-    chunks = [Chunk(rows, recipes) for rows, recipes in population.chunks(chunk)]
-    side_by_side = partial(_side_by_side, evaluator.runs_two_jobs(2 * population.parts.layer_bytes))
-    steps = sum(len(task.batches) for task in inputs) * population.size
-    layer_done = partial(_layer_done, progress, steps, 2 * bank.depth)
-
-    def answering(part: "Part", one: Chunk) -> Job:
-        (ends, recipes), last = part, one.states.pop()
-        for i, task in enumerate(inputs):
-            head = passes.ScoreSpec(spec.config, spec.factory, spec.mesh, task.task.requests.logits_fn)
-            cotangents = []
-            for batch, arrays, x in zip(task.scoring_batches, task.batches, last.batches[i], strict=True):
-                padded = pad_chunk(weights[i], one.rows, chunk)
-                real = np.where(batch.rows >= 0, padded[:, batch.rows], 0).astype(np.float32)
-                arguments = (head, (ends, arrays), (recipes, x, real))
-                read = partial(enter, responses[i], one.rows, batch)
-                _, _, slope, cotangent = yield Program(
-                    programs.HEAD_GRADIENT, layer_passes.answer_gradient, arguments, chunk, read=read
-                )
-                one.slope = yield from _sum(one.slope, slope, chunk)
-                cotangents.append(waits.keep(cotangent))
-            # Nothing depends on the prefix's states behind the last layer.
-            one.behind.prefixes.append(jax.tree.map(_zeros, last.prefixes[i]))
-            one.behind.batches.append(cotangents)
-
-    yield from _forward(population, chunks, side_by_side, spec, inputs, waits, True, layer_done, answering)
+    spec, inputs, chunks, side_by_side, layer_done = yield from _scoring(
+        evaluator, population, tasks, chunk, responses, progress, waits, weights
+    )
     for number, leaves in bank.layers(range(bank.depth)[::-1]):
         backward = partial(_backward_layer, spec, number, leaves, inputs, waits, gradient)
         yield side_by_side(map(backward, chunks))
         layer_done(2 * bank.depth - 1 - number)
         del leaves, backward
-
     ends = bank.embedding_leaves()
 
     def finishing(one: Chunk) -> Job:

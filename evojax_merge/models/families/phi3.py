@@ -88,7 +88,6 @@ def longrope_config(settings: Mapping[str, Any], max_position: int, dim: int) ->
 
 
 def gguf_settings(file: GgufFile) -> dict[str, Any]:
-    """The keys of config.json for a GGUF file."""
     head_dim = llama_like_gguf.head_size(file)
     return llama_like_gguf.common_settings(file, head_dim, _gguf_rope(file, head_dim)) | {
         "original_max_position_embeddings": _first_length(file),
