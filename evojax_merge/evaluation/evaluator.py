@@ -346,8 +346,10 @@ class PopulationEvaluator:
         return replace(self, evaluator=self.evaluator.subset(examples))
 
     def evaluate(self, candidates: Any, progress: Progress = no_progress) -> TaskScores:
-        populations = self.populations(self.evaluator, self.bank, candidates)
-        return joined([self.evaluator.score(population, progress) for population in populations])
+        parts = []
+        for population in self.populations(self.evaluator, self.bank, candidates):
+            parts.append(self.evaluator.score(population, progress))
+        return joined(parts)
 
     def value_and_gradient(
         self, candidates: Any, progress: Progress = no_progress, goal: Goal = PLAIN
