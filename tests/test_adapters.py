@@ -46,7 +46,7 @@ from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import parse_recipe
 from evojax_merge.mergekit.stages import prepare_stream
 from evojax_merge.mergekit.streams import parse_stream
-from evojax_merge.models.sources import lazy_merge
+from evojax_merge.models.sources import LazyMerge
 
 ATTENTION = ["q_proj", "v_proj"]
 LORA: dict[str, dict[str, Any]] = {
@@ -353,7 +353,7 @@ def test_adapters_of_one_base_are_held_as_factors(method: str, dtype: torch.dtyp
     def whole(evaluator: em.Evaluator) -> Any:
         problem, bank = evaluator._problem, evaluator._evaluator.evaluator.bank
         recipe = problem.space.recipe(jnp.asarray(genomes[0]))
-        return jax.jit(lambda bank, one: lazy_merge(bank, one, problem.backend.candidates.spec).materialise())(
+        return jax.jit(lambda bank, one: LazyMerge.of(bank, one, problem.backend.candidates.spec).materialise())(
             bank, recipe
         )
 

@@ -34,7 +34,7 @@ from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE
 from evojax_merge.models.decoder import logits
 from evojax_merge.models.gguf import Gguf, GgufFile
 from evojax_merge.models.layers import dense, dense_heads
-from evojax_merge.models.sources import lazy_merge
+from evojax_merge.models.sources import LazyMerge
 
 # A model_type that means something else: kinds of tokenizers, ways to split words, a chat template of mergekit's, a
 # name in a file's metadata; and which dense models are put together to which mixtures, or to none.
@@ -380,7 +380,7 @@ def test_the_bank_holds_several_stacks(root: Path, tmp_path: Path, monkeypatch: 
         },
         {name: {"weight": halves} for name in bank.shared},
     )
-    merged = dict(stored_tensors(lazy_merge(bank, recipe, spec).materialise(), config))
+    merged = dict(stored_tensors(LazyMerge.of(bank, recipe, spec).materialise(), config))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert set(merged) == set(one)
     for name, values in merged.items():

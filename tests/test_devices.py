@@ -103,7 +103,7 @@ from dataclasses import replace
 from merge_kernels import METHODS, draw_row_keys, tabulate
 from evojax_merge.evaluation.devices import Devices, mesh_of, shard_population
 from evojax_merge.models.bank import Bank, Factors, LeafBank, MergeSpec, Recipe
-from evojax_merge.models.sources import differentiable_merge, lazy_merge
+from evojax_merge.models.sources import DifferentiableMerge, LazyMerge
 
 L, K, P, SHAPE, RANK = 2, 2, 4, (16, 16), 3
 AXES = {"norm": None, "rows": -2, "columns": -1, "final_norm": None, "embed": -2}
@@ -156,9 +156,9 @@ for name, changes, low_rank in json.loads(sys.argv[1]):
 
         def local(bank, recipes):
             def total(recipe):
-                merged = differentiable_merge(bank, recipe, spec).materialise()
+                merged = DifferentiableMerge.of(bank, recipe, spec).materialise()
                 return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(merged))
-            merged = jax.vmap(lambda recipe: lazy_merge(bank, recipe, spec).materialise())(recipes)
+            merged = jax.vmap(lambda recipe: LazyMerge.of(bank, recipe, spec).materialise())(recipes)
             return merged, jax.vmap(jax.grad(total))(recipes)
 
         found.append(jax.device_get(jax.jit(lambda *both: shard_population(mesh, local, *both))(bank, recipes)))

@@ -32,7 +32,7 @@ from evojax_merge.models.architecture import LAYERS, architecture_of, shared_lea
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.layers import SequenceLayout
-from evojax_merge.models.sources import lazy_merge
+from evojax_merge.models.sources import LazyMerge
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter
 from evojax_merge.tasks import batches
 from evojax_merge.tasks.task import TaskRequests
@@ -123,7 +123,7 @@ class Setting:
 
     def write(self, p: int, folder: Path) -> Any:
         """Candidate p on disk, as torch loads it."""
-        model = materialise(lazy_merge(self.bank, take_candidate(self.recipes, p), self.spec))
+        model = materialise(LazyMerge.of(self.bank, take_candidate(self.recipes, p), self.spec))
         tensors = dict(stored_tensors(model, self.config))
         specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
         folder.mkdir()
@@ -255,7 +255,7 @@ def test_merged_head_in_tiles(ties: Setting, monkeypatch: pytest.MonkeyPatch) ->
     scoring = ties.evaluator(ties.tasks[:1]).batched_tasks[0].scoring
     assert scoring is not None
     arrays = arrays_of(scoring.batches[0])
-    source = lazy_merge(ties.bank, take_candidate(ties.recipes, 0), ties.spec)
+    source = LazyMerge.of(ties.bank, take_candidate(ties.recipes, 0), ties.spec)
 
     def totals(tile: int) -> np.ndarray:
         monkeypatch.setattr(decoder, "VOCAB_TILE", tile)

@@ -38,7 +38,7 @@ from evojax_merge.evaluation import evaluator as evaluator_module
 from evojax_merge.evaluation import generation
 from evojax_merge.evaluation.scores import Scores, TaskScores
 from evojax_merge.models.bank import take_candidate
-from evojax_merge.models.sources import lazy_merge
+from evojax_merge.models.sources import LazyMerge
 from evojax_merge.problem import build_problem
 from evojax_merge.search.fronts import crowded_order, crowding_distances, front_of, hypervolume, nondominated_ranks
 from evojax_merge.search.loop import INIT_KEY, generation_key
@@ -327,7 +327,7 @@ def test_an_exported_member_is_what_was_scored_bit_for_bit(finished: Path, confi
     members = em.open_run(finished).front
     genomes = np.array([one["genome"] for one in members], np.float32)
     recipes = problem.space.decode(genomes)
-    materialise = jax.jit(lambda recipe: lazy_merge(bank, recipe, spec).materialise())
+    materialise = jax.jit(lambda recipe: LazyMerge.of(bank, recipe, spec).materialise())
     for member in (members[0], members[-1]):
         number = member["member"]
         run_here("export", finished, tmp_path / f"model{number}", "--member", number)

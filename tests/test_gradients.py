@@ -263,7 +263,7 @@ def test_a_gradient_pass_keeps_a_state_per_layer(tmp_path: Path) -> None:
         evaluator = setting.evaluator([setting.tasks[0]], per_batch=1024)
         (batched_task,) = evaluator.batched_tasks
         population = evaluator.merges(setting.bank, setting.spec, setting.recipes).differentiable()
-        temporaries.append(whole.gradient_temporaries(evaluator, population, batched_task, 1))
+        temporaries.append(whole.pass_temporaries(evaluator, population, batched_task, 1, is_gradient=True))
         assert batched_task.scoring is not None
         tokens = max(batch.tokens.size for batch in batched_task.scoring.batches)
     # Float32 states of 48 numbers, and what the compiler keeps of parameters and gradients.

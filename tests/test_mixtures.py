@@ -46,7 +46,7 @@ from evojax_merge.models.families.mixture import (
 )
 from evojax_merge.models.families.nemotron_h import NemotronHConfig
 from evojax_merge.models.mamba2 import Mamba
-from evojax_merge.models.sources import lazy_merge
+from evojax_merge.models.sources import LazyMerge
 
 KINDS = ("mixtral", "qwen2_moe", "qwen3_moe")
 MODULES = {"mixtral": "block_sparse_moe", "qwen2_moe": "mlp", "qwen3_moe": "mlp"}
@@ -196,7 +196,7 @@ def found_recipe(family: Family, name: str) -> tuple[Any, dict[str, Any]]:
     genome = np.random.default_rng(2).random((1, space.dims)).astype(np.float32)
     recipe = jax.tree.map(np.asarray, take_candidate(space.decode(genome), 0))
     bank = load_bank(sources, decoder, spec)
-    model = jax.jit(lambda recipe: lazy_merge(bank, recipe, spec).materialise())(recipe)
+    model = jax.jit(lambda recipe: LazyMerge.of(bank, recipe, spec).materialise())(recipe)
     written = recipe_document(recipe, spec, decoder, str(family.base) if base else None, parents)
     return dict(stored_tensors(model, decoder)), yaml.safe_load(dump_yaml(written))
 

@@ -32,7 +32,7 @@ from evojax_merge.mergekit.plan import evaluate_setting, layout, options_from, p
 from evojax_merge.mergekit.write import dump_yaml, recipe_document
 from evojax_merge.models.architecture import COMPONENTS, LAYERS, shared_leaves, tensors_of
 from evojax_merge.models.bank import MergeSpec, Recipe, take_candidate
-from evojax_merge.models.sources import lazy_merge
+from evojax_merge.models.sources import LazyMerge
 from evojax_merge.schema.yaml_reader import parse_yaml
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter
 
@@ -486,7 +486,7 @@ def test_what_was_evaluated_is_what_is_written(name: str, found_family: Family, 
     """The candidate out of the bank and its tables, and the streamed merge of its recipe."""
     recipe, spec, sources, decoder, document = found_recipe(found_family, name, seed=1)
     bank = load_bank(sources, decoder, spec)
-    model = jax.jit(lambda recipe: lazy_merge(bank, recipe, spec).materialise())(recipe)
+    model = jax.jit(lambda recipe: LazyMerge.of(bank, recipe, spec).materialise())(recipe)
     evaluated = dict(stored_tensors(model, decoder))
     written = state(merge(tmp_path, document))
     assert not prepare(read_recipe(tmp_path / "recipe.yaml")).unmatched

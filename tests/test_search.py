@@ -41,7 +41,7 @@ from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import Scores, TaskScores
 from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.decoder import logits
-from evojax_merge.models.sources import lazy_merge
+from evojax_merge.models.sources import LazyMerge
 from evojax_merge.report.comparison import Result, Row
 from evojax_merge.report.winner import MergeReport
 from evojax_merge.search.loop import INIT_KEY, generation_key
@@ -161,7 +161,7 @@ def test_winner_is_what_was_scored(finished, config_file):
     bank = load_bank(problem.backend.models.sources, problem.backend.models.decoder, spec)
     genome = read_json(finished / "result.json")["genome"]
     recipes = jax.vmap(problem.space.recipe)(jnp.asarray([genome], jnp.float32))
-    source = lazy_merge(bank, take_candidate(recipes, 0), spec)
+    source = LazyMerge.of(bank, take_candidate(recipes, 0), spec)
     decoder = problem.backend.models.decoder
     tokens = np.random.default_rng(0).integers(4, decoder.vocab, (3, 11)).astype(np.int32)
     ours = np.asarray(logits(decoder, source, hidden_states(decoder, source, tokens)))

@@ -284,7 +284,7 @@ def test_the_leader_tries_small_changes_of_its_best_place() -> None:
 
 def test_a_swarm_moves_by_its_coefficients_and_stays_between_the_bounds() -> None:
     strategy = make("pso", 3, 12)
-    (low, high), fitness = strategy.range, lambda genomes: -np.square(genomes - 1.0).sum(axis=1)
+    (low, high), fitness = strategy.settings.range, lambda genomes: -np.square(genomes - 1.0).sum(axis=1)
     state = init(strategy, 3)
     # A gene of each of twelve equal parts of the range, but for the start.
     parts = np.floor(12 * (np.asarray(state.places) - low) / (high - low))

@@ -29,7 +29,7 @@ from evojax_merge.models.bank import Bank, LeafBank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, target_logprobs
 from evojax_merge.models.layers import padded_layout
-from evojax_merge.models.sources import lazy_merge
+from evojax_merge.models.sources import LazyMerge
 from evojax_merge.zoo.references import resolve_reference
 
 BASE = "zoo:smollm2/base"
@@ -113,7 +113,7 @@ def measure(bank: Bank, spec: MergeSpec, config: DecoderConfig, parents: int, re
 
     @jax.jit
     def score(bank: Bank, recipe: Recipe) -> jax.Array:
-        source = lazy_merge(bank, recipe, spec)
+        source = LazyMerge.of(bank, recipe, spec)
         hidden, _ = forward(config, source, tokens, layout)
         return target_logprobs(config, source, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))[0].mean()
 

@@ -35,7 +35,7 @@ from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.decoder import forward, target_logprobs
 from evojax_merge.models.layers import padded_layout
-from evojax_merge.models.sources import lazy_merge
+from evojax_merge.models.sources import LazyMerge
 
 METHODS = ("linear", "ties")
 SIZE = 2**18
@@ -152,7 +152,7 @@ def of_a_search(folder: Path, parents: int, written_out: int, repeats: int) -> R
     layout = padded_layout(WIDTH, jnp.zeros(ROWS, jnp.int32), jnp.full(ROWS, WIDTH, jnp.int32))
 
     def score(bank: Any, recipe: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:
-        source = lazy_merge(bank, recipe, spec, prefetch_layers=True)
+        source = LazyMerge.of(bank, recipe, spec, prefetch_layers=True)
         hidden, _ = forward(config, source, tokens, layout)
         return target_logprobs(config, source, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))[0].sum()
 

@@ -63,16 +63,20 @@ class BatchedTask:
     has_images: bool = False
 
     @property
+    def parts(self) -> list[Batches[Any]]:
+        """The batches of scored rows and those of prompts, where the task has these."""
+        return [part for part in (self.scoring, self.prompts) if part is not None]
+
+    @property
     def batches(self) -> int:
-        return sum(len(part.batches) for part in (self.scoring, self.prompts) if part is not None)
+        return sum(len(part.batches) for part in self.parts)
 
     def for_any_examples(self) -> "BatchedTask":
         """The same task in batches that have room for any examples that `subset` chooses."""
         if self.shapes.scoring is None:
             return self
         shapes = replace(self.shapes, scoring=self.shapes.scoring.for_any(self.requests.scored))
-        scoring, prompts = _filled(self.requests, shapes)
-        return replace(self, shapes=shapes, scoring=scoring, prompts=prompts)
+        return replace(self, shapes=shapes, **_filled(self.requests, shapes))
 
     def subset(self, examples: np.ndarray) -> "BatchedTask":
         """The task on some of its examples, int[M], ascending, in batches of the same shapes. The batches must have
@@ -85,10 +89,8 @@ class BatchedTask:
         packs = [] if self.scoring is None else [
             tuple(places[number] for number in pack if number in places) for pack in packs_in(self.scoring)
         ]  # fmt: skip
-        scoring, prompts = _filled(requests, self.shapes, list(filter(None, packs)))
-        return replace(
-            self, task=self.task.subset(examples.tolist()), requests=requests, scoring=scoring, prompts=prompts
-        )
+        filled = _filled(requests, self.shapes, list(filter(None, packs)))
+        return replace(self, task=self.task.subset(examples.tolist()), requests=requests, **filled)
 
 
 def suitable_tokens(target: Target) -> int:
@@ -118,10 +120,7 @@ def batch_tasks(
     """
     requests = [[task.requests(tokenizer, context) for task in split] for split in splits]
     for part in (part for split in requests for part in split):
-        _check_lengths(part, context)
-        _check_tokens(part, tokenizer, vocab)
-        if position_switch is not None:
-            _check_switch(part, position_switch)
+        _check(part, tokenizer, context, vocab, position_switch)
     by_task = [[split[i] for split in requests] for i in range(len(splits[0]))]
     # A prefix that a short row shares with a long one would have the positions of one of them.
     shares = [position_switch is None or max(map(_longest, parts)) <= position_switch for parts in by_task]
@@ -134,12 +133,12 @@ def batch_tasks(
                 task,
                 requests[s][i],
                 shapes[i],
-                *_filled(requests[s][i], shapes[i]),
+                **_filled(requests[s][i], shapes[i]),
                 stop=stop,
                 tokens_per_batch=tokens_per_batch,
                 share_prefixes=shares[i],
                 merge_tokens=merge_tokens,
-                has_images=any(map(_has_images, by_task[i])),
+                has_images=any(min(row.tokens, default=0) < 0 for part in by_task[i] for row in part.rows),
             )
             for i, task in enumerate(split)
         ]
@@ -161,20 +160,17 @@ def _task_shapes(splits: Sequence[TaskRequests], tokens_per_batch: int, share: b
     return TaskShapes(scoring, prompts)
 
 
-def _filled(
-    requests: TaskRequests, shapes: TaskShapes, packs: Sequence[Pack] | None = None
-) -> tuple[Batches[ScoringBatch] | None, Batches[PromptBatch] | None]:
-    """Batches of these shapes. packs: see `fill_scoring_batches`."""
-    return (
-        None if shapes.scoring is None else fill_scoring_batches(requests.scored, shapes.scoring, packs),
-        None if shapes.prompts is None else fill_prompt_batches(requests.prompts, shapes.prompts),
-    )
+def _filled(requests: TaskRequests, shapes: TaskShapes, packs: Sequence[Pack] | None = None) -> dict[str, Any]:
+    """The fields `scoring` and `prompts`: batches of these shapes. packs: see `fill_scoring_batches`."""
+    return {
+        "scoring": None if shapes.scoring is None else fill_scoring_batches(requests.scored, shapes.scoring, packs),
+        "prompts": None if shapes.prompts is None else fill_prompt_batches(requests.prompts, shapes.prompts),
+    }
 
 
 def halve_batches(batched_task: BatchedTask) -> BatchedTask | None:
     """The same request in batches of half the size; None where a batch has one row already."""
-    parts = [part for part in (batched_task.scoring, batched_task.prompts) if part is not None]
-    if all(batch.tokens.shape[0] == 1 for part in parts for batch in part.batches):
+    if all(batch.tokens.shape[0] == 1 for part in batched_task.parts for batch in part.batches):
         return None
     return in_batches_of(batched_task, batched_task.tokens_per_batch // 2)
 
@@ -182,21 +178,7 @@ def halve_batches(batched_task: BatchedTask) -> BatchedTask | None:
 def in_batches_of(batched_task: BatchedTask, tokens: int) -> BatchedTask:
     """The same request in batches of about so many tokens, and of one row at least."""
     shapes = _task_shapes([batched_task.requests], tokens, batched_task.share_prefixes, batched_task.merge_tokens)
-    scoring, prompts = _filled(batched_task.requests, shapes)
-    return replace(batched_task, shapes=shapes, scoring=scoring, prompts=prompts, tokens_per_batch=tokens)
-
-
-def _check_lengths(requests: TaskRequests, context: int) -> None:
-    # The last token of a scored row is predicted, not read.
-    for rows, new, longest in ((requests.scored, 0, context + 1), (requests.prompts, requests.max_new_tokens, context)):
-        for row in rows:
-            if len(row.tokens) + new > longest:
-                wanted = f"{len(row.tokens)} tokens" + (f" and {new} new ones (max_new_tokens)" if new else "")
-                raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
-
-
-def _has_images(requests: TaskRequests) -> bool:
-    return any(min(row.tokens, default=0) < 0 for row in (*requests.scored, *requests.prompts))
+    return replace(batched_task, shapes=shapes, tokens_per_batch=tokens, **_filled(batched_task.requests, shapes))
 
 
 def _longest(requests: TaskRequests) -> int:
@@ -204,19 +186,16 @@ def _longest(requests: TaskRequests) -> int:
     return max([0, *(len(row.tokens) - 1 for row in requests.scored), *(len(row.tokens) for row in requests.prompts)])
 
 
-def _check_switch(requests: TaskRequests, switch: int) -> None:
-    for row in requests.prompts:
-        if len(row.tokens) <= switch < len(row.tokens) + requests.max_new_tokens:
-            raise InputError(
-                row.where,
-                f"{len(row.tokens)} tokens and {requests.max_new_tokens} new ones: the model's positions change at "
-                f"{switch} (original_max_position_embeddings); expected a prompt that stays below or is longer",
-            )
-
-
-def _check_tokens(requests: TaskRequests, tokenizer: Any, vocab: int) -> None:
+def _check(requests: TaskRequests, tokenizer: Any, context: int, vocab: int, switch: int | None) -> None:
+    """Raises InputError for a row that the models cannot read (see `batch_tasks`)."""
+    # The last token of a scored row is predicted, not read.
+    for rows, new, longest in ((requests.scored, 0, context + 1), (requests.prompts, requests.max_new_tokens, context)):
+        for row in rows:
+            if len(row.tokens) + new > longest:
+                wanted = f"{len(row.tokens)} tokens" + (f" and {new} new ones (max_new_tokens)" if new else "")
+                raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
     image_token = getattr(tokenizer, "placeholder_id", None)
-    for row in (*requests.scored, *requests.prompts):
+    for row in requests.rows:
         if image_token is not None and image_token in row.tokens:
             what = f"holds {shown(tokenizer.convert_ids_to_tokens(image_token))}, the token of an image, and no image"
             raise InputError(row.where, f"{what} for it; expected a record with the image, or a text without the token")
@@ -227,6 +206,13 @@ def _check_tokens(requests: TaskRequests, tokenizer: Any, vocab: int) -> None:
                 row.where,
                 f"token {shown(token)} has the number {number:,}, and the models' embedding {vocab:,} rows; expected "
                 f"the tokenizer that they were trained with, not that of {tokenizer.name_or_path}",
+            )
+    for row in requests.prompts:
+        if switch is not None and len(row.tokens) <= switch < len(row.tokens) + requests.max_new_tokens:
+            raise InputError(
+                row.where,
+                f"{len(row.tokens)} tokens and {requests.max_new_tokens} new ones: the model's positions change at "
+                f"{switch} (original_max_position_embeddings); expected a prompt that stays below or is longer",
             )
 
 
@@ -244,11 +230,7 @@ def token_warnings(batched_tasks: Sequence[BatchedTask], tokenizer: Any, vocab: 
     unknown = tokenizer.unk_token_id
     # A token that stands in for the unknown one is in the examples for its own sake.
     if unknown is not None and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        rows = [
-            row
-            for batched_task in batched_tasks
-            for row in (*batched_task.requests.scored, *batched_task.requests.prompts)
-        ]
+        rows = [row for batched_task in batched_tasks for row in batched_task.requests.rows]
         counts = [row.tokens.count(unknown) for row in rows]
         share = sum(counts) / max(1, sum(len(row.tokens) for row in rows))
         if share > UNKNOWN_SHARE:
@@ -263,15 +245,15 @@ def token_warnings(batched_tasks: Sequence[BatchedTask], tokenizer: Any, vocab: 
 def shared_and_padding(batched_tasks: Sequence[BatchedTask]) -> tuple[float, float]:
     """The share of the tokens that are computed once for several rows, and the share of the computed tokens that is
     padding."""
-    parts = _batches(batched_tasks)
+    parts = [part for batched_task in batched_tasks for part in batched_task.parts]
     computed, padding = sum(part.computed for part in parts), sum(part.padding for part in parts)
     return 1 - (computed - padding) / sum(part.tokens for part in parts), padding / computed
 
 
 def describe_batches(batched_tasks: Sequence[BatchedTask]) -> str:
     """One line: the tokens, batches and rows that are computed for each candidate."""
-    parts = _batches(batched_tasks)
-    rows = sum(len(batched_task.requests.scored) + len(batched_task.requests.prompts) for batched_task in batched_tasks)
+    parts = [part for batched_task in batched_tasks for part in batched_task.parts]
+    rows = sum(len(batched_task.requests.rows) for batched_task in batched_tasks)
     shapes = {(len(p.shared_prefix), shape) for p in parts for batch in p.batches for shape in batch.compiled_shapes}
     shared, padding = shared_and_padding(batched_tasks)
     batches = sum(len(part.batches) for part in parts)
@@ -280,15 +262,6 @@ def describe_batches(batched_tasks: Sequence[BatchedTask]) -> str:
         f"({_counted(rows, 'row', 'rows')}, {shared:.0%} of the tokens shared, {padding:.0%} padding, "
         f"{_counted(len(shapes), 'compiled shape', 'compiled shapes')})"
     )
-
-
-def _batches(batched_tasks: Sequence[BatchedTask]) -> list[Batches[Any]]:
-    return [
-        part
-        for batched_task in batched_tasks
-        for part in (batched_task.scoring, batched_task.prompts)
-        if part is not None
-    ]
 
 
 def _counted(number: int, one: str, many: str) -> str:

@@ -88,13 +88,10 @@ def _listening() -> tuple[Counter[str], defaultdict[str, float]]:
     """The numbers and the seconds of JAX's events by name, which grow."""
     counts, seconds = Counter[str](), defaultdict[str, float](float)
 
-    def on_event(event: str, **kwargs: str | int) -> None:
-        counts[event] += 1
-
     def on_duration(event: str, duration_secs: float, **kwargs: str | int) -> None:
         counts[event] += 1
         seconds[event] += duration_secs
 
-    jax.monitoring.register_event_listener(on_event)
+    jax.monitoring.register_event_listener(lambda event, **kwargs: counts.update([event]))
     jax.monitoring.register_event_duration_secs_listener(on_duration)
     return counts, seconds

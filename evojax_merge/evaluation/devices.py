@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -30,7 +31,7 @@ from evojax_merge.evaluation.launching import (
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.peers import ABORTED, NOT_COME, check_versions, report_aborts
 from evojax_merge.evaluation.targets import live_target
-from evojax_merge.models.bank import take_candidate
+from evojax_merge.models.bank import vmap_population
 
 # The mesh that passes are traced for: a process's devices, or a number of devices on no machine in particular; None:
 # one device.
@@ -380,10 +381,7 @@ def vmap_sharded(mesh: AnyMesh, function: Callable[[Any, Any], Any], replicated:
     mesh's population axis."""
 
     def local(replicated: Any, candidates: Any) -> Any:
-        if size_of(candidates) == 1:
-            # A population axis of one would only cost.
-            return jax.tree.map(lambda leaf: leaf[None], function(replicated, take_candidate(candidates, 0)))
-        return jax.vmap(lambda candidate: function(replicated, candidate))(candidates)
+        return vmap_population(partial(function, replicated), candidates)
 
     return shard_population(mesh, local, replicated, candidates)
 

@@ -23,26 +23,19 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask, halve_batches
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices, free_memory
 from evojax_merge.evaluation.generation import Continuations, generate
 from evojax_merge.evaluation.memory import is_out_of_memory
-from evojax_merge.evaluation.passes import DifferentiableFactory, LazyMergeFactory, TracedPass
-from evojax_merge.evaluation.populations import (
-    MergeParts,
-    MergePopulation,
-    Population,
-    StreamedPopulation,
-    stored,
-)
+from evojax_merge.evaluation.passes import LazyMergeFactory, TracedPass
+from evojax_merge.evaluation.populations import MergeParts, MergePopulation, Population, StreamedPopulation, stored
 from evojax_merge.evaluation.programs import Each, Evaluation, Job, Program
 from evojax_merge.evaluation.responses import arrays_of, score_task
 from evojax_merge.evaluation.routes.whole import MATERIALISE_FRACTION
 from evojax_merge.evaluation.scores import PLAIN, Goal, TaskScores, joined, task_weights
 from evojax_merge.evaluation.targets import Target, live_target
-from evojax_merge.evaluation.task_images import TaskImages
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.images import ImageTable
+from evojax_merge.models.images import ImageInputs, ImageTable
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.models.streamed_bank import StreamedBank
-from evojax_merge.tasks.batches import ScoringBatch
+from evojax_merge.tasks.batches import PromptBatch, ScoringBatch
 from evojax_merge.tasks.task import Task
 
 Progress = Callable[[int], None]
@@ -57,6 +50,37 @@ def compiled_temporary_bytes(traced: TracedPass) -> int | None:
 
 def no_progress(done: int) -> None:
     """Drop the progress of an evaluation."""
+
+
+@dataclass(frozen=True)
+class TaskImages:
+    """The images that a task's passes take: None, each, for a task of texts. before: int32[H], the tokens of the prefix
+    that all rows share."""
+
+    table: ImageTable | None
+
+    def of_prefix(self, before: np.ndarray) -> ImageInputs | None:
+        positions = np.arange(len(before), dtype=np.int32)[None]
+        return self._inputs(before[None], positions, np.zeros_like(positions), before[:0])
+
+    def of_rows(self, before: np.ndarray, batch: ScoringBatch) -> ImageInputs | None:
+        return self._inputs(batch.tokens, batch.positions, batch.segment_ids, before)
+
+    def of_prompts(self, before: np.ndarray, tokens: np.ndarray, left_pad: np.ndarray) -> ImageInputs | None:
+        """tokens: int32[B, T], of a group of prompts; left_pad: int32[B]."""
+        offsets = np.arange(tokens.shape[1]) - left_pad[:, None]
+        return self._inputs(tokens, len(before) + np.maximum(offsets, 0), np.minimum(offsets, 0), before)
+
+    def shift(self, before: np.ndarray, batch: PromptBatch) -> np.ndarray | None:
+        """The shift of the positions behind a batch of prompts (see `decoder.decode_step`)."""
+        if self.table is None or self.table.positions is None:
+            return None
+        return self.table.positions.shift(batch.tokens) + self.table.positions.shift(before)
+
+    def _inputs(
+        self, tokens: np.ndarray, positions: np.ndarray, segment_ids: np.ndarray, before: np.ndarray
+    ) -> ImageInputs | None:
+        return None if self.table is None else self.table.inputs(tokens, positions, segment_ids, before)
 
 
 @dataclass
@@ -94,7 +118,6 @@ class Evaluator:
         return sum(batched_task.batches for batched_task in self.batched_tasks) * population
 
     def images_of(self, batched_task: BatchedTask) -> TaskImages:
-        """The images that a task's passes take."""
         return TaskImages(self.images if batched_task.has_images else None)
 
     def batch_arrays(self, batched_task: BatchedTask, batch: ScoringBatch) -> dict[str, Any]:
@@ -160,8 +183,7 @@ class Evaluator:
         # Recipes on the host are cut into chunks without compiling anything.
         recipes = jax.tree.map(np.asarray, recipes)
         if isinstance(bank, StreamedBank):
-            lazy, gradient = LazyMergeFactory(spec, self.compute_dtype), DifferentiableFactory(spec, self.compute_dtype)
-            return StreamedPopulation(lazy, MergeParts(bank), recipes, gradient)
+            return StreamedPopulation(LazyMergeFactory(spec, self.compute_dtype), MergeParts(bank), recipes)
         prefetch_layers = not self.target.is_accelerator
         return MergePopulation(LazyMergeFactory(spec, self.compute_dtype, prefetch_layers), bank, recipes)
 

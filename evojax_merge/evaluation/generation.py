@@ -10,23 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from evojax_merge.evaluation import passes
+from evojax_merge.evaluation import passes, programs
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import on_host, placed, tree_nbytes
 from evojax_merge.evaluation.passes import DecodeSpec, abstract_results, trace
 from evojax_merge.evaluation.planned_passes import JaxprReader, abstract_result
 from evojax_merge.evaluation.populations import Population, Source, Sourcing
-from evojax_merge.evaluation.programs import (
-    ALL_READ,
-    DECODE,
-    PREFILL,
-    START,
-    UNSTACK,
-    Each,
-    Evaluation,
-    Job,
-    Program,
-)
+from evojax_merge.evaluation.programs import ALL_READ, Each, Evaluation, Job, Program
 from evojax_merge.evaluation.routes.whole import MATERIALISE_FRACTION, read_prefix
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.models.decoder import CacheUpdate, LayerStates, scatter_columns, select_columns
@@ -48,12 +38,6 @@ CPU_STEP_TOKENS, ACCELERATOR_STEP_TOKENS = 8, 256
 LOOKUP_CANDIDATES = 2
 # Bytes of the materialised candidates that decode together on a CPU: its cache may hold them.
 CPU_CACHE_BYTES = 32 * 2**20
-
-
-def _put_like(values: np.ndarray, array: jax.Array) -> jax.Array:
-    """Values in the place of an array on its devices."""
-    sharding = array.sharding
-    return placed(values, sharding) if isinstance(sharding, NamedSharding) else jax.device_put(values, sharding)
 
 
 def step_tokens(target: Target, batch: PromptBatch) -> int:
@@ -96,11 +80,8 @@ def generate(
 
 def _lookup_corpus(evaluator: "Evaluator", batched_task: BatchedTask) -> np.ndarray:
     """int32[N, M]: the last candidates' outputs after each prompt, the latest last."""
-    nothing = np.full(
-        (len(batched_task.requests.prompts), LOOKUP_CANDIDATES * batched_task.requests.max_new_tokens),
-        PAD_ID,
-        np.int32,
-    )
+    requests = batched_task.requests
+    nothing = np.full((len(requests.prompts), LOOKUP_CANDIDATES * requests.max_new_tokens), PAD_ID, np.int32)
     return evaluator.lookup_corpus.get(batched_task.task.name, nothing)
 
 
@@ -142,11 +123,8 @@ def _job(
 ) -> Job:
     """A job that returns its candidates `rows` and their outputs after every prompt, int32[P, N, new]."""
     assert batched_task.prompts is not None
-    prompts, requests, lookup_corpus = (
-        batched_task.prompts,
-        batched_task.requests,
-        _lookup_corpus(evaluator, batched_task),
-    )
+    prompts, requests = batched_task.prompts, batched_task.requests
+    lookup_corpus = _lookup_corpus(evaluator, batched_task)
     outputs = np.full((len(rows), len(requests.prompts), requests.max_new_tokens), PAD_ID, np.int32)
 
     def job() -> Job:
@@ -190,17 +168,15 @@ def _prefill_batch(
     assert batched_task.prompts is not None
     spec = _decode_spec(evaluator, source.factory, batch, batched_task)
     arguments = (spec, None, np.zeros(source.size))
-    state = yield Program(START, passes.init_decode, arguments, source.size, is_priced=False)
+    state = yield Program(programs.START, passes.init_decode, arguments, source.size, is_priced=False)
     before = batched_task.prompts.shared_prefix
     for group in batch.prefill_groups:
         tokens, left_pad = batch.prefill_group(group)
         images = evaluator.images_of(batched_task).of_prompts(before, tokens, left_pad)
         draws = _draws(batched_task.requests, batch.rows[group.begin : group.end])
         shared = (source.replicated, np.int32(group.begin), tokens, left_pad, images, draws)
-        holds = (decoding.holds, prefix, state)
-        state = yield Program(
-            PREFILL, passes.prefill, (spec, shared, (source.candidates, prefix), state), source.size, holds=holds
-        )
+        each, holds = (source.candidates, prefix), (decoding.holds, prefix, state)
+        state = yield Program(programs.PREFILL, passes.prefill, (spec, shared, each, state), source.size, holds=holds)
     return state
 
 
@@ -220,15 +196,18 @@ def _decode(
         # Rows that fill up a batch do not matter.
         done = on_host(state.done) | (batch.rows < 0)
         if requests.ends_early and state is not start and not done.all():
-            done = done | _stopped(evaluator, on_host(state.tokens), requests)
+            texts = _texts(evaluator, on_host(state.tokens))
+            done = done | np.array([[requests.cut(text) != text for text in row] for row in texts])
         if done.all():
             return None
-        return spec, shared, each, replace(state, done=_put_like(done, state.done))
+        sharding = state.done.sharding
+        put_done = placed(done, sharding) if isinstance(sharding, NamedSharding) else jax.device_put(done, sharding)
+        return spec, shared, each, replace(state, done=put_done)
 
     # The prefill gives the first token; each further one takes a step, unless draft tokens are accepted.
     return Program(
-        DECODE, passes.decode, (spec, shared, each, start), decoding.size, holds=(decoding.holds, prefix, start),
-        loop=again, first=start, steps=max(1, requests.max_new_tokens - 1),
+        programs.DECODE, passes.decode, (spec, shared, each, start), decoding.size,
+        holds=(decoding.holds, prefix, start), loop=again, first=start, steps=max(1, requests.max_new_tokens - 1),
         expected_steps=requests.expected_tokens, read=read,
     )  # fmt: skip
 
@@ -251,11 +230,6 @@ def _length(evaluator: "Evaluator", ids: np.ndarray, requests: TaskRequests) -> 
         return requests.cut(text) != text
 
     return bisect_left(range(len(ids)), True, key=is_cut) if requests.ends_early else len(ids)
-
-
-def _stopped(evaluator: "Evaluator", tokens: np.ndarray, requests: TaskRequests) -> np.ndarray:
-    """bool[P, B]: true where a text goes beyond its end."""
-    return np.array([[requests.cut(text) != text for text in row] for row in _texts(evaluator, tokens)])
 
 
 def _texts(evaluator: "Evaluator", tokens: np.ndarray) -> list[list[str]]:
@@ -303,10 +277,8 @@ def _bytes(evaluator: "Evaluator", population: Population, batched_task: Batched
     models = source.candidates
     if not evaluator.target.is_accelerator:
         return candidate_bytes(models), 0
-    batch, shared_prefix = (
-        max(batched_task.prompts.batches, key=lambda batch: batch.tokens.size),
-        batched_task.prompts.shared_prefix,
-    )
+    batch = max(batched_task.prompts.batches, key=lambda batch: batch.tokens.size)
+    shared_prefix = batched_task.prompts.shared_prefix
     spec, prefix = _decode_spec(evaluator, source.factory, batch, batched_task), None
     if shared_prefix.size:
         prefix_spec = passes.PassSpec(evaluator.config, spec.factory, mesh)
@@ -330,7 +302,7 @@ def _decode_weights(evaluator: "Evaluator", source: Source) -> Sourcing:
         return source
     arguments = (evaluator.devices.mesh, *source.arguments)
     unstacked = yield Program(
-        UNSTACK, source.factory.unstack, arguments, source.size, holds=source.holds, is_priced=False
+        programs.UNSTACK, source.factory.unstack, arguments, source.size, holds=source.holds, is_priced=False
     )
     replicated, candidates = unstacked
     return Source(source.factory, replicated, candidates, (source.holds, unstacked))

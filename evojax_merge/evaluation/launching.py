@@ -30,19 +30,14 @@ class Launched:
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     """The numbers that a launcher gave this process; None: it was started by hand, or on a TPU pod."""
-    number = _numbers(environment)
-    if {"SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"} <= number.keys():
+    number = {name: int(value) for name, value in environment.items() if re.fullmatch("[0-9]{1,9}", value)}
+    in_step = bool(environment.get("SLURM_STEP_NODELIST"))
+    if in_step and {"SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"} <= number.keys():
         return Launched(
             number["SLURM_NTASKS"], number["SLURM_PROCID"], _tasks_of_node(environment), number["SLURM_LOCALID"]
         )
     ompi = [f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")]
     return Launched(*(number[name] for name in ompi)) if number.keys() >= set(ompi) else None
-
-
-def _numbers(environment: Mapping[str, str]) -> dict[str, int]:
-    """The variables of the launchers that are numbers; the list of nodes, which is none, as 0."""
-    numbers = {name: int(value) for name, value in environment.items() if re.fullmatch("[0-9]{1,9}", value)}
-    return numbers | ({"SLURM_STEP_NODELIST": 0} if environment.get("SLURM_STEP_NODELIST") else {})
 
 
 def _tasks_of_node(environment: Mapping[str, str]) -> int:
@@ -100,10 +95,13 @@ def check_coordinator(address: str, process: int) -> None:
 def local_device_ids(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[int]:
     """The numbers of this process's devices among those that it sees; empty: all of them. devices: the folder with the
     GPUs' files. Raises InputError where a node's GPUs cannot be divided between its processes."""
-    numbers = launched(environment)
-    if numbers is None or numbers.local_processes == 1 or _has_own_gpus(environment):
+    numbers, visible = launched(environment), _visible(environment)
+    if numbers is None or numbers.local_processes == 1:
         return []
-    visible = _visible(environment)
+    on_node = environment.get("SLURM_GPUS_ON_NODE", "")
+    if visible is not None and on_node.isdecimal() and visible < int(on_node):
+        # SLURM has bound GPUs to each process, which then sees no others.
+        return []
     count = len(list(devices.glob("nvidia[0-9]*"))) if visible is None else visible
     if count % numbers.local_processes:
         raise InputError(
@@ -121,9 +119,3 @@ def _visible(environment: Mapping[str, str]) -> int | None:
         if name in environment:
             return len([part for part in environment[name].split(",") if part.strip()])
     return None
-
-
-def _has_own_gpus(environment: Mapping[str, str]) -> bool:
-    """Return whether SLURM has bound GPUs to each process, which then sees no others."""
-    visible, on_node = _visible(environment), environment.get("SLURM_GPUS_ON_NODE", "")
-    return visible is not None and on_node.isdecimal() and visible < int(on_node)

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.devices import shard_population, size_of, vmap_sharded
-from evojax_merge.evaluation.passes import MaterialiseSpec, PassSpec, ScoreSpec, logprobs_from_hidden, to_float32
+from evojax_merge.evaluation.passes import MaterialiseSpec, PassSpec, ScoreSpec
 from evojax_merge.models.architecture import LAYERS, architecture_of, layer_types
 from evojax_merge.models.bank import Bank, LeafBank, Parameters, Recipe, take_candidate
 from evojax_merge.models.decoder import LayerInputs, first_row, image_layout, run_layer
@@ -26,7 +27,7 @@ from evojax_merge.models.sources import LazyMerge
 Leaves = dict[str, LeafBank]
 
 
-def _ends(spec: PassSpec, leaves: Leaves, parameters: dict[str, Parameters]) -> LazyMerge:
+def _ends(spec: PassSpec | MaterialiseSpec, leaves: Leaves, parameters: dict[str, Parameters]) -> LazyMerge:
     """The merge of the leaves outside of the layers. parameters: by leaf, of one candidate."""
     merge: LazyMerge = spec.factory(Bank({}, leaves), Recipe({}, parameters))
     return merge
@@ -74,9 +75,9 @@ class LayerSpec(PassSpec):
     layer_type: str
 
 
-def _run(spec: LayerSpec, shared: Any, weights: Weights, x: jax.Array, prefix: Any) -> Any:
-    """One candidate's hidden states behind a layer, and what the layer keeps."""
-    (number, batch), config = shared, spec.config
+def _run(spec: LayerSpec, shared: Any, each: Any) -> Any:
+    """One candidate's hidden states behind a layer, and what the layer keeps (see `run`)."""
+    (number, batch), ((weights, prefix), x), config = shared, each, spec.config
     type_ = layer_types(config)[spec.layer_type]
     inputs = LayerInputs.of(config, batch["tokens"], _layout(batch), batch.get("images"), x.dtype)
     kind = jax.tree.map(lambda values: values[number], layer_kinds(config))
@@ -88,23 +89,13 @@ def _run(spec: LayerSpec, shared: Any, weights: Weights, x: jax.Array, prefix: A
 def run(spec: LayerSpec, shared: Any, each: Any, x: jax.Array) -> jax.Array:
     """The hidden states of a batch behind a layer, in the place of those before it. shared: the layer's number int32[],
     and the batch's arrays; each: the layer's weights, and what it kept of the prefix or None."""
-
-    def one(shared: Any, each: Any) -> jax.Array:
-        (weights, prefix), x = each
-        return _run(spec, shared, weights, x, prefix)[0]
-
-    return vmap_sharded(spec.mesh, one, shared, (each, x))
+    return vmap_sharded(spec.mesh, lambda shared, each: _run(spec, shared, each)[0], shared, (each, x))
 
 
 @partial(jax.jit, static_argnums=0)
 def run_keeping(spec: LayerSpec, shared: Any, each: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     """Like `run`, with what the layer keeps, and the hidden states before it left as they are."""
-
-    def one(shared: Any, each: Any) -> tuple[jax.Array, Any]:
-        (weights, prefix), x = each
-        return _run(spec, shared, weights, x, prefix)
-
-    return vmap_sharded(spec.mesh, one, shared, (each, x))
+    return vmap_sharded(spec.mesh, partial(_run, spec), shared, (each, x))
 
 
 def _answers(spec: ScoreSpec, shared: Any, parameters: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -112,7 +103,7 @@ def _answers(spec: ScoreSpec, shared: Any, parameters: Any, x: jax.Array) -> tup
     leaves, batch = shared
     source = _ends(spec, leaves, parameters)
     hidden = architecture_of(spec.config).final_norm(spec.config, source, x)
-    return logprobs_from_hidden(spec.config, source, hidden, batch, spec.logits_fn)
+    return passes.logprobs_from_hidden(spec.config, source, hidden, batch, spec.logits_fn)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -127,11 +118,8 @@ def materialise_ends(spec: MaterialiseSpec, leaves: Leaves, parameters: Any) -> 
     """The leaves outside of the layers of each candidate, in the export dtype."""
 
     def local(leaves: Leaves, parameters: Any) -> Weights:
-        def one(parameters: Any) -> Weights:
-            merge: LazyMerge = spec.factory(Bank({}, leaves), Recipe({}, parameters))
-            return merge.materialise().shared
-
-        return {name: _placed(leaves[name], array) for name, array in _one_by_one(one, parameters).items()}
+        merged = _one_by_one(lambda parameters: _ends(spec, leaves, parameters).materialise().shared, parameters)
+        return {name: _placed(leaves[name], array) for name, array in merged.items()}
 
     return shard_population(spec.mesh, local, leaves, parameters)
 
@@ -187,13 +175,9 @@ def answer_gradient(spec: ScoreSpec, shared: Any, each: Any) -> Any:
 
     def one(shared: Any, each: Any) -> Any:
         parameters, x, weights = each
-
-        def goal(parameters: Any, x: jax.Array) -> Any:
-            totals, is_greedy = _answers(spec, shared, parameters, x)
-            return jnp.sum(weights * totals), (totals, is_greedy)
-
-        (_, answers), (slope, cotangent) = jax.value_and_grad(goal, argnums=(0, 1), has_aux=True)(parameters, x)
-        return *answers, to_float32(slope), cotangent
+        function = partial(_answers, spec, shared)
+        answers, (slope, cotangent) = passes.answers_and_gradients(function, weights, parameters, x)
+        return *answers, passes.to_float32(slope), cotangent
 
     return vmap_sharded(spec.mesh, one, shared, each)
 
@@ -208,7 +192,7 @@ def run_gradient(spec: LayerSpec, shared: Any, each: Any) -> Any:
         (weights, prefix), x, (behind, kept) = each
 
         def function(weights: Weights, x: jax.Array, prefix: Any) -> Any:
-            output, kv = _run(spec, shared, weights, x, prefix)
+            output, kv = _run(spec, shared, ((weights, prefix), x))
             return output, kv if kept is not None else None
 
         _, pull_back = jax.vjp(function, weights, x, prefix)
@@ -221,13 +205,7 @@ def run_gradient(spec: LayerSpec, shared: Any, each: Any) -> Any:
 def merge_gradient(spec: MaterialiseSpec, leaves: Leaves, each: Any) -> Parameters:
     """The derivative with respect to a layer's parameters, float32, of a function that depends on them through the
     layer's weights. each: the parameters, and the derivative with respect to the weights."""
-
-    def one(leaves: Leaves, each: Any) -> Parameters:
-        parameters, cotangent = each
-        slope: Parameters = jax.vjp(partial(_merged, spec, leaves), parameters)[1](cotangent)[0]
-        return to_float32(slope)
-
-    return vmap_sharded(spec.mesh, one, leaves, each)
+    return passes.gradient_through(spec.mesh, partial(_merged, spec), leaves, each)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -235,9 +213,4 @@ def embed_gradient(spec: PassSpec, shared: Any, each: Any) -> Any:
     """The derivative with respect to the recipes of the leaves outside of the layers, float32, of a function that
     depends on them through the hidden states before the first layer. shared: as for `embed`; each: those recipes, and
     the derivative with respect to the hidden states."""
-
-    def one(shared: Any, each: Any) -> Any:
-        parameters, cotangent = each
-        return to_float32(jax.vjp(partial(_embedded, spec, shared), parameters)[1](cotangent)[0])
-
-    return vmap_sharded(spec.mesh, one, shared, each)
+    return passes.gradient_through(spec.mesh, partial(_embedded, spec), shared, each)

@@ -10,26 +10,14 @@ from typing import Any
 import jax
 
 from evojax_merge.errors import Failed
-from evojax_merge.evaluation.costs import (
-    ELEMENTWISE,
-    FUSED,
-    MOVES,
-    TRANSCENDENTAL,
-    closed,
-    constants_and_carries,
-    is_call,
-    is_of_one_device,
-    jaxprs_of,
-    nbytes_of,
-    size_of_aval,
-)
+from evojax_merge.evaluation import costs
 from evojax_merge.evaluation.sharding_axes import Axis, axis_of, sharding_axes
 from evojax_merge.evaluation.targets import Platform
 
 # The newest JAX whose programs are known. How it writes them is no part of its interface.
 KNOWN_JAX = (0, 12)
 # Primitives whose result is stored when it has several uses, not computed for each.
-COMPUTED_ONCE = TRANSCENDENTAL | {"div"}
+COMPUTED_ONCE = costs.TRANSCENDENTAL | {"div"}
 # Reductions take fused operands directly; all other kernels need theirs in memory.
 REDUCTIONS = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin",
@@ -65,14 +53,14 @@ class Exchange:
     is_sum: bool
     is_repeated: bool = False
 
-    def sent_bytes(self, shards: int) -> float:
-        """Bytes that each device sends to the next in a ring: a sum goes round twice."""
-        return (2 if self.is_sum else 1) * (shards - 1) / shards * self.nbytes
-
 
 def sent_bytes(exchanged: Mapping[Exchange, int], shards: int, steps: int = 1) -> float:
-    """Bytes that each device sends. steps: how often the body of a `while` loop runs."""
-    return sum(one.sent_bytes(shards) * count * (steps if one.is_repeated else 1) for one, count in exchanged.items())
+    """Bytes that each device sends to the next in a ring: a sum goes round twice. steps: how often the body of a
+    `while` loop runs."""
+    return sum(
+        (2 if one.is_sum else 1) * (shards - 1) / shards * one.nbytes * count * (steps if one.is_repeated else 1)
+        for one, count in exchanged.items()
+    )
 
 
 # The number of a value that is written out in the program.
@@ -153,7 +141,7 @@ class _Setting:
 
     def nbytes(self, aval: Any, axis: Axis) -> int:
         """Bytes of a value on a device."""
-        return nbytes_of(aval) if axis is None else nbytes_of(aval) // self.shards
+        return costs.nbytes_of(aval) if axis is None else costs.nbytes_of(aval) // self.shards
 
 
 @lru_cache(maxsize=32)
@@ -190,8 +178,8 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
 
         for eqn in jaxpr.jaxpr.eqns:
             operands, name = tuple(number(value) for value in eqn.invars), eqn.primitive.name
-            parts = list(jaxprs_of(eqn, setting.platform))
-            if name not in ("scan", "while", "cond", "shard_map") and is_call(eqn, parts):
+            parts = list(costs.jaxprs_of(eqn, setting.platform))
+            if name not in ("scan", "while", "cond", "shard_map") and costs.is_call(eqn, parts):
                 numbers |= dict(zip(eqn.outvars, run(parts[0], operands), strict=True))
                 continue
             results = tuple(next(counter) for _ in eqn.outvars)
@@ -234,7 +222,7 @@ def _exchanged(
     """The exchanges of an equation: sums of products over a sharded axis, and arrays of which every device gets the
     whole. own, results: the sharded axes of its operands and its results."""
     name, total = eqn.primitive.name, Counter[Exchange]()
-    if setting.shards == 1 or is_of_one_device(eqn):
+    if setting.shards == 1 or costs.is_of_one_device(eqn):
         return total
     if inside:
         times = eqn.params["length"] if name == "scan" else 1
@@ -244,7 +232,7 @@ def _exchanged(
         return total
     if any(axis is not None for axis in own) and all(axis is None for axis in results):
         is_sum = name in ("dot_general", "gather") or name.startswith(("reduce_", "arg"))
-        total[Exchange(sum(nbytes_of(out.aval) for out in eqn.outvars), is_sum)] += 1
+        total[Exchange(sum(costs.nbytes_of(out.aval) for out in eqn.outvars), is_sum)] += 1
     return total
 
 
@@ -254,11 +242,11 @@ def _repeated(eqn: Any, operands: Sequence[int], inside: Sequence[FlatProgram]) 
         arguments = inside[0].arguments
         repeated = _repeated_origins(inside[0], {number: frozenset({number}) for number in arguments})
         return tuple(operand for operand, number in zip(operands, arguments, strict=True) if number in repeated)
-    if name not in ELEMENTWISE and name != "broadcast_in_dim":
+    if name not in costs.ELEMENTWISE and name != "broadcast_in_dim":
         return ()
-    count = size_of_aval(eqn.outvars[0].aval)
+    count = costs.size_of_aval(eqn.outvars[0].aval)
     return tuple(
-        operand for operand, value in zip(operands, eqn.invars, strict=True) if size_of_aval(value.aval) < count
+        operand for operand, value in zip(operands, eqn.invars, strict=True) if costs.size_of_aval(value.aval) < count
     )
 
 
@@ -268,7 +256,7 @@ def _repeated_origins(program: FlatProgram, origins: Mapping[int, frozenset[int]
     values = dict(origins)
     repeated: set[int] = set()
     for step in program.steps:
-        if step.name in FUSED:
+        if step.name in costs.FUSED:
             is_slice = step.name == "dynamic_slice" and not origins
             values |= dict.fromkeys(
                 step.results, frozenset(step.results) if is_slice else _united(values, step.operands)
@@ -282,7 +270,7 @@ def _inside(eqn: Any, parts: Sequence[Any], own: Sequence[Axis]) -> Iterator[tup
     axes of the equation's operands."""
     name = eqn.primitive.name
     if name == "scan":
-        whole = sum(constants_and_carries(eqn))
+        whole = sum(costs.constants_and_carries(eqn))
         # A trip takes a slice of each operand: without its first axis.
         slices = [None if axis is None or axis == 0 else axis - 1 for axis in own[whole:]]
         yield parts[0], [*own[:whole], *slices], len(slices)
@@ -290,12 +278,12 @@ def _inside(eqn: Any, parts: Sequence[Any], own: Sequence[Axis]) -> Iterator[tup
     if name == "while":
         # The condition and the body have constants of their own, and both take the carried values.
         first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        yield closed(eqn.params["cond_jaxpr"]), [*own[:first], *own[first + second :]], 0
-        yield closed(eqn.params["body_jaxpr"]), own[first:], 0
+        yield costs.closed(eqn.params["cond_jaxpr"]), [*own[:first], *own[first + second :]], 0
+        yield costs.closed(eqn.params["body_jaxpr"]), own[first:], 0
         return
     operands = own[1:] if name == "cond" else own
     for part in parts:
-        count, carries_axes = len(part.jaxpr.invars), name in ("cond", "shard_map") and not is_of_one_device(eqn)
+        count, carries_axes = len(part.jaxpr.invars), name in ("cond", "shard_map") and not costs.is_of_one_device(eqn)
         yield part, operands if carries_axes and count == len(operands) else [None] * count, 0
 
 
@@ -306,12 +294,12 @@ def _results_axes(eqn: Any, inside: Sequence[FlatProgram], own: Sequence[Axis], 
         return sharding_axes(eqn, own, shards)
     # For a loop the axes of the body, which has more results than the condition.
     axes, name = max((program.axes for program in inside), key=len), eqn.primitive.name
-    if is_of_one_device(eqn):
+    if costs.is_of_one_device(eqn):
         return [axis_of(spec) for spec in eqn.params["out_specs"]]
     if len(axes) != len(eqn.outvars):
         return [None] * len(eqn.outvars)
     if name == "scan":
-        _, carries = constants_and_carries(eqn)
+        _, carries = costs.constants_and_carries(eqn)
         # The results of all trips are stacked along a new first axis.
         return [*axes[:carries], *(None if axis is None else axis + 1 for axis in axes[carries:])]
     return axes
@@ -323,11 +311,11 @@ def _body_bytes(eqn: Any, inside: Sequence[FlatProgram], setting: _Setting) -> i
     loop's results."""
     name, copies = eqn.primitive.name, 0
     if name == "scan" and setting.widens:
-        copies = _widened(eqn, inside[0], *constants_and_carries(eqn))
+        copies = _widened(eqn, inside[0], *costs.constants_and_carries(eqn))
     if name not in ("scan", "while"):
         return max((_peak(program, program.results, setting) for program in inside), default=0)
     is_scan = name == "scan"
-    constants, carries = constants_and_carries(eqn) if is_scan else (eqn.params["body_nconsts"], len(eqn.outvars))
+    constants, carries = costs.constants_and_carries(eqn) if is_scan else (eqn.params["body_nconsts"], len(eqn.outvars))
     body = inside[-1]
     carried = {}
     if setting.reuses_carried:
@@ -341,7 +329,7 @@ def _widened(scan: Any, body: FlatProgram, constants: int, carries: int) -> int:
     picked = {step.operands[0] for step in body.steps if step.name in ("dynamic_slice", "gather")}
     given = list(zip(body.arguments, scan.invars, strict=True))
     return sum(
-        2 * nbytes_of(value.aval)
+        2 * costs.nbytes_of(value.aval)
         for number, value in given[:constants] + given[constants + carries :]
         if number in picked and str(getattr(value.aval, "dtype", "")) == "bfloat16"
     )
@@ -360,7 +348,7 @@ def _peak(
     roots = _roots(program, steps, setting, size, carried, shared)
     last_use: dict[int, int] = {}
     for i, step in enumerate(steps):
-        if step.name not in FUSED or any(number in roots[number] for number in step.results):
+        if step.name not in costs.FUSED or any(number in roots[number] for number in step.results):
             last_use |= dict.fromkeys(_united(roots, step.operands), i)
     last_use |= dict.fromkeys(_united(roots, program.results) | shared, len(steps))
     # A result that is only rearranged is an earlier value under another name.
@@ -377,7 +365,7 @@ def _peak(
             # These operations reuse the buffers of their operands.
             for number in done:
                 live.pop(number, None)
-        elif step.name in ELEMENTWISE or step.name in TRANSCENDENTAL:
+        elif step.name in costs.ELEMENTWISE or step.name in costs.TRANSCENDENTAL:
             # Elementwise results take the place of an operand of as many bytes that nothing else needs; except products
             # side by side, where compilers lay out results in another order than their operands.
             same = [n for n in done if n in live and size[n] in step.sizes]
@@ -410,7 +398,7 @@ def _delayed(program: FlatProgram, kept: frozenset[int]) -> list[_Step]:
         ordered.extend(steps[i] for i in sorted(needed))
 
     for i, step in enumerate(steps):
-        is_free = step.name in FUSED and kept.isdisjoint(step.results)
+        is_free = step.name in costs.FUSED and kept.isdisjoint(step.results)
         if is_free and all(maker[operand] in waiting for operand in step.operands if operand in maker):
             waiting.add(i)
         else:
@@ -436,20 +424,19 @@ def _roots(
     of kernels, values that several uses would compute again, the program's results, and `kept`. size: bytes of each
     value."""
     uses = Counter(operand for step in steps for operand in set(step.operands))
-    wanted = {
-        operand for step in steps if step.name not in FUSED and step.name not in REDUCTIONS for operand in step.operands
-    } | set(program.results)
+    fused = costs.FUSED | REDUCTIONS
+    wanted = {operand for step in steps if step.name not in fused for operand in step.operands} | set(program.results)
     memory = {number: frozenset({number}) for number in carried}
     # The values that are arguments, in memory, or only rearranged from these; and those that are arguments, or only
     # rearranged from arguments.
     lying, moved = set(program.arguments), set(program.arguments)
     for step in steps:
-        is_kernel = step.name not in FUSED
+        is_kernel = step.name not in costs.FUSED
         # A value that is only rearranged needs no buffer of its own; a slice only where its place is known beforehand.
         whole = step.operands[:1] if step.name == "dynamic_slice" else step.operands
         known_place = all(operand == LITERAL for operand in step.operands[len(whole) :])
         is_copied = setting.copies_slices and step.name == "slice" and whole[0] in moved
-        rearranged = step.name in MOVES - {"pad"} and known_place and not is_copied and lying.issuperset(whole)
+        rearranged = step.name in costs.MOVES - {"pad"} and known_place and not is_copied and lying.issuperset(whole)
         operand_roots = [_united(memory, [operand]) for operand in step.operands]
         together = frozenset[int]().union(*operand_roots)
         # A barrier returns each of its operands.

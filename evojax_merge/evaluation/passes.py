@@ -4,6 +4,7 @@ A pass takes a static spec, arrays that all candidates share, and arrays that ea
 The spec's factory makes a layer source of the first of the shared arrays and the first of those of each.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -17,60 +18,35 @@ from evojax_merge.evaluation.liveness import flat_program
 from evojax_merge.evaluation.sharding_axes import Axis, axis_of
 from evojax_merge.evaluation.targets import Platform
 from evojax_merge.models import generate
-from evojax_merge.models.adapted import AdaptedModel, LowRankLayout, adapted_model
+from evojax_merge.models.adapted import AdaptedModel, LowRankLayout
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import (
-    CacheUpdate,
-    HeadSource,
-    LayerStates,
-    forward,
-    logits,
-    target_logprobs,
-)
+from evojax_merge.models.decoder import CacheUpdate, HeadSource, LayerStates, forward, logits, target_logprobs
 from evojax_merge.models.generate import DecodeState
 from evojax_merge.models.layers import SequenceLayout, Weights, prefix_layout
-from evojax_merge.models.sources import (
-    DifferentiableMerge,
-    LazyMerge,
-    StackedWeights,
-    UnstackedWeights,
-    differentiable_merge,
-    lazy_merge,
-)
+from evojax_merge.models.sources import LazyMerge, StackedWeights, UnstackedWeights
 from evojax_merge.tasks.task import LogitsFn
 
 
 @dataclass(frozen=True)
 class TracedPass:
-    """A pass, traced. cut: for each of its arguments the axis that devices which share a model cut, None where each has
-    the whole."""
+    """A pass, traced: the parts of a `jax.stages.Traced`. cut: for each of its arguments the axis that devices which
+    share a model cut, None where each has the whole."""
 
-    traced: jax.stages.Traced
+    jaxpr: Any
+    args_info: Any
+    out_info: Any
+    lower: Callable[..., Any]
     cut: tuple[Axis, ...]
-
-    @property
-    def jaxpr(self) -> Any:
-        return self.traced.jaxpr
-
-    @property
-    def args_info(self) -> Any:
-        return self.traced.args_info
-
-    @property
-    def out_info(self) -> Any:
-        return self.traced.out_info
-
-    def lower(self, **options: Any) -> Any:
-        return self.traced.lower(**options)
 
 
 def trace(function: Any, *arguments: Any) -> TracedPass:
     """Trace a pass over arrays, or over abstract ones, which are cut by their shardings."""
-    leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "dtype")]
-    cut = [axis_of(leaf.sharding.spec) if _is_named(leaf) else None for leaf in leaves]
-    return TracedPass(function.trace(*arguments), tuple(cut))
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "dtype")]
+    cut = tuple(axis_of(each.spec) if isinstance(each, NamedSharding) else None for each in shardings)
+    traced = function.trace(*arguments)
+    return TracedPass(traced.jaxpr, traced.args_info, traced.out_info, traced.lower, cut)
 
 
 def abstract_results(traced: TracedPass, devices: Devices, platform: Platform | None = None) -> Any:
@@ -83,31 +59,21 @@ def abstract_results(traced: TracedPass, devices: Devices, platform: Platform | 
     )
 
 
-def _is_named(leaf: Any) -> bool:
-    return isinstance(getattr(leaf, "sharding", None), NamedSharding)
-
-
 Materialised = TypeVar("Materialised", StackedWeights, UnstackedWeights)
 
 
 @dataclass(frozen=True)
 class LazyMergeFactory:
-    """Candidates are recipes, over a shared bank. prefetch_layers: see `LazyMerge`."""
+    """Candidates are recipes, over a shared bank. prefetch_layers: see `LazyMerge`; kind: a `DifferentiableMerge` where
+    passes are differentiated with respect to the recipes."""
 
     spec: MergeSpec
     compute_dtype: str
     prefetch_layers: bool = False
+    kind: type[LazyMerge] = LazyMerge
 
     def __call__(self, replicated: Bank, candidate: Recipe) -> LazyMerge:
-        return lazy_merge(replicated, candidate, self.spec, self.compute_dtype, self.prefetch_layers)
-
-
-@dataclass(frozen=True)
-class DifferentiableFactory(LazyMergeFactory):
-    """Candidates are recipes, over a shared bank, to be differentiated with respect to the recipes."""
-
-    def __call__(self, replicated: Bank, candidate: Recipe) -> DifferentiableMerge:
-        return differentiable_merge(replicated, candidate, self.spec, self.compute_dtype)
+        return self.kind.of(replicated, candidate, self.spec, self.compute_dtype, self.prefetch_layers)
 
 
 @dataclass(frozen=True)
@@ -141,7 +107,12 @@ class AdaptedFactory:
     layout: LowRankLayout
 
     def __call__(self, replicated: StackedWeights, candidate: jax.Array) -> AdaptedModel:
-        return adapted_model(replicated, self.layout, candidate)
+        pairs = self.layout.split(candidate)
+        stacks = {
+            stack: (weights, {name: pairs[f"{stack}/{name}"] for name in weights if f"{stack}/{name}" in pairs})
+            for stack, weights in replicated.stacks.items()
+        }
+        return AdaptedModel(stacks, replicated.shared, self.layout, replicated.compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -214,26 +185,21 @@ def logprobs_from_hidden(
     picked = hidden.reshape(-1, hidden.shape[-1])[batch["predict_at"]]
     targets, spread_ = batch["targets"], batch["target_index"]
     if logits_fn is not None:
-        return _apply_logits_fn(config, source, picked, batch, logits_fn)
+        scores = logits(config, source, picked)
+
+        def one(span: jax.Array) -> jax.Array:
+            index = jnp.minimum(span, targets.shape[0] - 1)
+            number = logits_fn(scores[index], targets[index], span < targets.shape[0])
+            return jnp.asarray(number, jnp.float32).reshape(())
+
+        # A padded span has no logits to look at.
+        totals = jnp.where(batch["rows"] < 0, 0.0, jax.lax.map(one, spread_))
+        return totals, jnp.zeros(totals.shape, bool)
     logprobs, is_greedy = target_logprobs(config, source, picked, targets)
     inside = spread_ < targets.shape[0]
     index = jnp.minimum(spread_, targets.shape[0] - 1)
     totals = jnp.where(inside, logprobs[index], 0.0).sum(axis=-1)
     return totals, jnp.where(inside, is_greedy[index], True).all(axis=-1)
-
-
-def _apply_logits_fn(
-    config: DecoderConfig, source: HeadSource, picked: jax.Array, batch: Any, logits_fn: LogitsFn
-) -> tuple[jax.Array, jax.Array]:
-    scores, targets = logits(config, source, picked), batch["targets"]
-
-    def one(span: jax.Array) -> jax.Array:
-        index = jnp.minimum(span, targets.shape[0] - 1)
-        return jnp.asarray(logits_fn(scores[index], targets[index], span < targets.shape[0]), jnp.float32).reshape(())
-
-    # A padded span has no logits to look at.
-    totals = jnp.where(batch["rows"] < 0, 0.0, jax.lax.map(one, batch["target_index"]))
-    return totals, jnp.zeros(totals.shape, bool)
 
 
 def _prefix_cache(spec: PassSpec, shared: Any, candidate: Any) -> LayerStates | None:
@@ -273,31 +239,44 @@ def score_gradient(spec: ScoreSpec, shared: Any, each: Any) -> tuple[tuple[jax.A
     to the candidate and to its prefix, float32. each: the candidates, their prefix's cache or None, and weights,
     float32[P, R]."""
 
-    def one(shared: Any, each: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    def one(shared: Any, each: Any) -> tuple[Any, Any]:
         candidate, prefix, weights = each
-
-        def goal(candidate: Any, prefix: LayerStates | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            totals, is_greedy = _answers(spec, shared, candidate, prefix)
-            return jnp.sum(weights * totals), (totals, is_greedy)
-
-        (_, answers), gradients = jax.value_and_grad(goal, argnums=(0, 1), has_aux=True)(candidate, prefix)
+        answers, gradients = answers_and_gradients(partial(_answers, spec, shared), weights, candidate, prefix)
         return answers, to_float32(gradients)
 
     return vmap_sharded(spec.mesh, one, shared, each)
+
+
+def answers_and_gradients(function: Callable[..., Any], weights: jax.Array, first: Any, second: Any) -> tuple[Any, Any]:
+    """The answers `function(first, second)` to R rows, and the derivatives of `sum_r weights[r] totals[r]` with respect
+    to both arguments."""
+
+    def goal(first: Any, second: Any) -> tuple[jax.Array, Any]:
+        totals, is_greedy = function(first, second)
+        return jnp.sum(weights * totals), (totals, is_greedy)
+
+    (_, answers), gradients = jax.value_and_grad(goal, argnums=(0, 1), has_aux=True)(first, second)
+    return answers, gradients
 
 
 @partial(jax.jit, static_argnums=0)
 def prefix_gradient(spec: PassSpec, shared: Any, each: Any) -> Any:
     """The derivative with respect to each of P candidates of a function that depends on it through its prefix's cache,
     float32. shared: as for `prefill_prefix`; each: the candidates, and the derivative with respect to the cache."""
+    return gradient_through(spec.mesh, partial(_prefix_cache, spec), shared, each)
+
+
+def gradient_through(mesh: AnyMesh, function: Callable[[Any, Any], Any], shared: Any, each: Any) -> Any:
+    """The derivative with respect to each of P candidates' arrays, float32, of a function that depends on them through
+    the results of `function(shared, arrays)`. each: the arrays, and the derivative with respect to these results."""
 
     def one(shared: Any, each: Any) -> Any:
-        candidate, cotangents = each
-        output, pull_back = jax.vjp(partial(_prefix_cache, spec, shared), candidate)
+        arrays, cotangents = each
+        output, pull_back = jax.vjp(partial(function, shared), arrays)
         cotangents = jax.tree.map(lambda cotangent, leaf: cotangent.astype(leaf.dtype), cotangents, output)
         return to_float32(pull_back(cotangents)[0])
 
-    return vmap_sharded(spec.mesh, one, shared, each)
+    return vmap_sharded(mesh, one, shared, each)
 
 
 @partial(jax.jit, static_argnums=0)

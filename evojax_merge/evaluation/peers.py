@@ -220,10 +220,7 @@ def check_samples(samples: Mapping[str, str]) -> None:
 def check_files(hashes: Mapping[str, str]) -> None:
     """Raises InputError, in every process, where two of them read different files. hashes: by path, of all files that
     scores depend on; hosts may have them in different folders."""
-    compare_files(exchange({"host": socket.gethostname(), "files": dict(hashes)}, "the comparison of files"))
-
-
-def compare_files(processes: Sequence[Mapping[str, Any]]) -> None:
+    processes = exchange({"host": socket.gethostname(), "files": dict(hashes)}, "the comparison of files")
     first = processes[0]
     for number, other in enumerate(processes):
         for one, place, without, absent in ((other, number, first, 0), (first, 0, other, number)):

@@ -28,14 +28,7 @@ from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.passes import PerCandidateModel
-from evojax_merge.evaluation.populations import (
-    Bring,
-    ModelPopulation,
-    Part,
-    Parts,
-    Population,
-    StreamedPopulation,
-)
+from evojax_merge.evaluation.populations import Bring, ModelPopulation, Part, Parts, Population, StreamedPopulation
 from evojax_merge.evaluation.routes.whole import MATERIALISE_FRACTION
 from evojax_merge.models.architecture import (
     EMBEDDING,
@@ -98,7 +91,6 @@ def part_shape(config: DecoderConfig, leaf: Leaf) -> tuple[int, ...]:
 
 
 def part_bytes(config: DecoderConfig, export_dtype: str, part: LeavesOfPart) -> int:
-    """Bytes of a part of a member."""
     return sum(prod(part_shape(config, leaf)) for leaf in part[0]) * FLOAT_DTYPES[export_dtype].itemsize
 
 
@@ -128,7 +120,6 @@ class PoolBank:
         return FLOAT_DTYPES[self.export_dtype]
 
     def member_bytes(self) -> int:
-        """Bytes of a bred member."""
         shapes = tensor_shapes(self.config).values()
         return sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes) * self.dtype.itemsize
 
@@ -413,7 +404,12 @@ class MemberParts(Parts):
     def _part(
         self, parts: Sequence[LeavesOfPart], loads: Sequence[Callable[[np.ndarray], Any]], numbers: np.ndarray
     ) -> Part:
-        leaves = {leaf.name: without_arrays(leaf) for part, _ in parts for leaf in part}
+        # Without sources: where devices share a model, a leaf's shards alone are read.
+        leaves = {
+            leaf.name: LeafBank(None, shard_axis=leaf.sharded_axis, has_experts=leaf.has_experts)  # type: ignore[arg-type]
+            for part, _ in parts
+            for leaf in part
+        }
         weights: dict[str, Any] = {}
         for load in loads:
             weights |= load(numbers)
@@ -448,11 +444,6 @@ class MemberParts(Parts):
         stacks: Any = {stack: shapes(stack_leaves(self.config, stack)) for stack in stack_numbers(self.config)}
         shared: Any = shapes(shared_leaves(self.config))
         return StackedWeights(stacks, shared, population.factory.compute_dtype)
-
-
-def without_arrays(leaf: Leaf) -> LeafBank:
-    """A leaf of a bank that has no sources: where devices share a model, its shards alone are read."""
-    return LeafBank(None, shard_axis=leaf.sharded_axis, has_experts=leaf.has_experts)  # type: ignore[arg-type]
 
 
 def on_devices(children: LazyChildren, devices: Devices) -> LoadPart:

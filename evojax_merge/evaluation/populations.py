@@ -5,27 +5,21 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import jax
 import numpy as np
 
 from evojax_merge.evaluation import layer_passes, passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.devices import AnyMesh, Devices, pad_chunk, size_of, tree_nbytes
-from evojax_merge.evaluation.passes import (
-    AdaptedFactory,
-    DifferentiableFactory,
-    LazyMergeFactory,
-    PerCandidateModel,
-    SharedModel,
-)
+from evojax_merge.evaluation.devices import AnyMesh, Devices, pad_chunk, size_of
+from evojax_merge.evaluation.passes import AdaptedFactory, LazyMergeFactory, PerCandidateModel, SharedModel
 from evojax_merge.evaluation.planned_passes import merge_bytes
-from evojax_merge.evaluation.programs import CAST, MATERIALISE, RECIPE_GRADIENT, Evaluation, Job, Program
+from evojax_merge.evaluation.programs import CAST, MATERIALISE, RECIPE_GRADIENT, Evaluation, Job, Program, merge_traffic
 from evojax_merge.evaluation.routes import by_layer, whole
 from evojax_merge.models.bank import Bank, LeafBank, Recipe
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.sources import StackedWeights
+from evojax_merge.models.sources import DifferentiableMerge, StackedWeights
 from evojax_merge.models.streamed_bank import StreamedBank, abstract_streamed
 
 if TYPE_CHECKING:
@@ -88,6 +82,9 @@ class Population:
     candidates: Any
     finite: np.ndarray | None = field(default=None, kw_only=True)
 
+    # How often a pass merges a candidate of a bank.
+    merges: ClassVar[int] = 0
+
     @property
     def route(self) -> Route:
         return whole
@@ -112,7 +109,11 @@ class Population:
 
     def source(self, candidates: Any, compute_dtype: str) -> Source:
         """A chunk that is scored without being materialised."""
-        return Source(self.factory, self.replicated, candidates)
+
+        def moved(results: Any) -> int:
+            return self.merges and self.merges * merge_bytes(self.replicated, compute_dtype)
+
+        return Source(self.factory, self.replicated, candidates, merge_bytes=moved)
 
     def model_shape(self) -> Any:
         """One candidate's shapes where it has to be materialised first; None where it is in memory."""
@@ -139,28 +140,20 @@ class MergePopulation(Population):
 
     factory: LazyMergeFactory
 
-    def source(self, candidates: Any, compute_dtype: str) -> Source:
-        return Source(
-            self.factory, self.replicated, candidates,
-            merge_bytes=lambda results: merge_bytes(self.replicated, compute_dtype),
-        )  # fmt: skip
+    merges: ClassVar[int] = 1
 
     def model_shape(self) -> Any:
         return _merged_shape(self.factory, self.replicated, self)
 
     def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
         size = size_of(candidates)
-
-        def moved(models: Any) -> int:
-            return tree_nbytes(self.replicated) + tree_nbytes(models) // size
-
         arguments = (passes.MaterialiseSpec(self.factory, mesh), self.replicated, candidates)
+        moved = merge_traffic(self.replicated, size)
         models = yield Program(MATERIALISE, passes.materialise, arguments, size, merge_bytes=moved)
         return Source(PerCandidateModel(), None, models, models)
 
     def differentiable(self) -> "DifferentiableMerges":
-        lazy = self.factory
-        factory = DifferentiableFactory(lazy.spec, lazy.compute_dtype, lazy.prefetch_layers)
+        factory = replace(self.factory, kind=DifferentiableMerge)
         return DifferentiableMerges(factory, self.replicated, self.candidates, scored=self)
 
 
@@ -189,15 +182,11 @@ class DifferentiableMerges(DifferentiablePopulation):
     """P merges of one bank, to be differentiated with respect to their recipes. scored: the same merges, without
     derivatives."""
 
-    factory: DifferentiableFactory
+    factory: LazyMergeFactory
     scored: MergePopulation
 
-    def source(self, candidates: Any, compute_dtype: str) -> Source:
-        # Merged, and merged again by the derivative, which then reads the sources once more.
-        return Source(
-            self.factory, self.replicated, candidates,
-            merge_bytes=lambda results: 3 * merge_bytes(self.replicated, compute_dtype),
-        )  # fmt: skip
+    # Merged, and merged again by the derivative, which then reads the sources once more.
+    merges: ClassVar[int] = 3
 
     def model_shape(self) -> Any:
         """One candidate's shapes, in the dtype of its computation, which is that of its gradient."""
@@ -215,14 +204,14 @@ class DifferentiableMerges(DifferentiablePopulation):
 
     def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any, holds: Any) -> Job:
         size = size_of(candidates)
-
-        def moved(gradient: Any) -> int:
-            # Each layer is merged again, and its derivative reads its sources and the merge's cotangents.
-            return 2 * (tree_nbytes(self.replicated) + tree_nbytes(cotangents) // size)
-
-        spec = passes.MaterialiseSpec(self.factory, mesh)
-        arguments = (spec, self.replicated, (candidates, cotangents))
-        return (yield Program(RECIPE_GRADIENT, passes.recipe_gradient, arguments, size, holds=holds, merge_bytes=moved))
+        # Each layer is merged again, and its derivative reads its sources and the merge's cotangents.
+        moved = 2 * merge_traffic(self.replicated, size)(cotangents)
+        arguments = (passes.MaterialiseSpec(self.factory, mesh), self.replicated, (candidates, cotangents))
+        return (
+            yield Program(
+                RECIPE_GRADIENT, passes.recipe_gradient, arguments, size, holds=holds, merge_bytes=lambda _: moved
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -307,12 +296,10 @@ class Parts(ABC):
 
 @dataclass(frozen=True)
 class StreamedPopulation(Population):
-    """P candidates whose parts come to the devices one after the other. gradient_factory: makes the models that are
-    differentiated, None where candidates are not differentiable."""
+    """P candidates whose parts come to the devices one after the other; merges of a bank are differentiable."""
 
     factory: Any
     replicated: Parts
-    gradient_factory: DifferentiableFactory | None = None
 
     @property
     def route(self) -> Route:
@@ -326,7 +313,9 @@ class StreamedPopulation(Population):
         return replace(self, replicated=self.replicated.abstract(devices))
 
     def differentiable(self) -> Any:
-        return None if self.gradient_factory is None else replace(self, factory=self.gradient_factory)
+        if not isinstance(self.factory, LazyMergeFactory):
+            return None
+        return replace(self, factory=replace(self.factory, kind=DifferentiableMerge))
 
     def model_shape(self) -> Any:
         return self.replicated.model_shape(self)
@@ -342,19 +331,15 @@ class StreamedPopulation(Population):
         stacks: dict[str, Any] = {}
         for stack, row, (leaves, each) in parts.layers(candidates):
             spec = layer_passes.StackSpec(self.factory, mesh, depths[stack])
-            moved = partial(_written_bytes, (leaves, each), depths[stack] * size)
+            moved = merge_traffic((leaves, each), depths[stack] * size)
             arguments: tuple[Any, ...] = (spec, (leaves, np.int32(row)), each, stacks.pop(stack, None))
             written = yield Program(
                 MATERIALISE, layer_passes.materialise_layer, arguments, size, holds=(shared, stacks), merge_bytes=moved
             )
             stacks[stack] = jax.block_until_ready(written)
-            del leaves, each, arguments, moved, written
+            del leaves, each, arguments, written
         models = StackedWeights(stacks, shared, self.factory.compute_dtype)
         return Source(PerCandidateModel(), None, models, models)
-
-
-def _written_bytes(part: Part, parts: int, stacks: Any) -> int:
-    return tree_nbytes(part) + tree_nbytes(stacks) // parts
 
 
 @dataclass(frozen=True)

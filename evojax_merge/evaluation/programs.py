@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from evojax_merge.evaluation.devices import tree_nbytes
+
 # The names of programs in plans.
 MATERIALISE, CAST, UNSTACK, PREFIX, SCORE = "materialise", "cast", "unstack", "prefix", "score"
 EMBED, MERGE, LAYER, HEAD = "embed", "merge", "layer", "head"
@@ -66,6 +68,8 @@ Evaluation = Generator[Program | Each, Any, Any]
 ALL_READ = Each(iter(()), read=lambda result: None, keep=lambda result: None)
 
 
-def single(program: Program) -> Job:
-    """A job of one program, with its results."""
-    return (yield program)
+def merge_traffic(sources: Any, shares: int) -> Callable[[Any], int]:
+    """(results) -> the traffic of merging for a candidate: the sources are read, and one of so many equal `shares` of
+    the results is written."""
+    nbytes = tree_nbytes(sources)
+    return lambda results: nbytes + tree_nbytes(results) // shares

@@ -171,18 +171,6 @@ def fitness(tasks: Sequence[ScoredTask], scores: TaskScores, goal: Goal = PLAIN)
     return np.where(np.isfinite(summed), summed, np.nan)
 
 
-def violations(tasks: Sequence[ScoredTask], scores: TaskScores, goal: Goal) -> np.ndarray:
-    """float64[P]: by how much each candidate breaks the goal's guards, summed up in the units of the scales; 0 for one
-    that keeps them all."""
-    broken = [
-        np.maximum(0.0, goal.guards[task.name].least - _mean(task, scores)) / goal.scale(task).unit
-        for task in tasks
-        if task.name in goal.guards
-    ]
-    first = scores.matrices[tasks[0].name][tasks[0].metric]
-    return np.sum(broken, axis=0) if broken else np.zeros(len(first))
-
-
 def ranked_fitness(tasks: Sequence[ScoredTask], scores: TaskScores, goal: Goal = PLAIN) -> np.ndarray:
     """float64[P]: the fitness that candidates are compared by. One that keeps the guards is better than one that breaks
     any; of two that do, the one that breaks them less (Deb, An efficient constraint handling method for genetic
@@ -190,7 +178,11 @@ def ranked_fitness(tasks: Sequence[ScoredTask], scores: TaskScores, goal: Goal =
     values = fitness(tasks, scores, goal)
     if not goal.guards:
         return values
-    broken = violations(tasks, scores, goal)
+    # By how much each candidate breaks the guards, in the units of the scales.
+    broken = np.zeros(len(values))
+    for task in tasks:
+        if task.name in goal.guards:
+            broken += np.maximum(0.0, goal.guards[task.name].least - _mean(task, scores)) / goal.scale(task).unit
     return np.where(np.isfinite(values) & (broken > 0), BROKEN * (1 + broken / (1 + broken)), values)
 
 

@@ -4,7 +4,7 @@ Arguments are cut by their shardings, and values that are computed from them fol
 keeps, as `models.sharding` says, or not at all. XLA's partitioner does the same where it has no choice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -14,9 +14,10 @@ from evojax_merge.models.sharding import MODEL_AXIS
 Axis = int | None
 
 
-def axis_of(spec: Sequence[Any]) -> Axis:
+def axis_of(spec: Iterable[Any]) -> Axis:
     """The axis that a PartitionSpec cuts into the shards of a model."""
-    return next((i for i, names in enumerate(spec) if names == MODEL_AXIS or MODEL_AXIS in _names(names)), None)
+    cut = (names == MODEL_AXIS or (isinstance(names, tuple) and MODEL_AXIS in names) for names in spec)
+    return next((i for i, is_cut in enumerate(cut) if is_cut), None)
 
 
 def sharding_axes(eqn: Any, given: Sequence[Axis], shards: int) -> list[Axis]:
@@ -51,16 +52,11 @@ def sharding_axes(eqn: Any, given: Sequence[Axis], shards: int) -> list[Axis]:
         return [
             None if axis in removed else axis - sum(removed_axis < axis for removed_axis in removed) for _ in results
         ]
-    return [next((a for operand, a in cut if _keeps(operand, a, result)), None) for result in results]
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else ()
-
-
-def _keeps(operand: Any, axis: int, result: Any) -> bool:
-    """Return whether a result has an operand's axis as it was."""
-    return len(operand.shape) == len(result.shape) and operand.shape[axis] == result.shape[axis]
+    # A result has the first of these axes that is as it was.
+    return [
+        next((a for operand, a in cut if operand.ndim == result.ndim and operand.shape[a] == result.shape[a]), None)
+        for result in results
+    ]
 
 
 def _gathered(eqn: Any, axis: Axis) -> Axis:

@@ -342,7 +342,6 @@ def live_target() -> Target:
 
 
 def processor_name() -> str:
-    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -130,16 +130,3 @@ class AdaptedModel(MaterialisedWeights):
         """The whole model, in the dtype that it is computed in."""
         stacks = {stack: jax.lax.map(self.layer, slices) for stack, slices in self.stacks.items()}
         return StackedWeights(stacks, self.shared, self.compute_dtype)
-
-
-def adapted_model(model: StackedWeights, layout: LowRankLayout, vector: jax.Array) -> AdaptedModel:
-    """A stored model with the change of a vector, float32[D]."""
-    pairs = layout.split(vector)
-    stacks = {
-        stack: (
-            weights,
-            {name: pairs[f"{stack}/{name}"] for name in weights if f"{stack}/{name}" in pairs},
-        )
-        for stack, weights in model.stacks.items()
-    }
-    return AdaptedModel(stacks, model.shared, layout, model.compute_dtype)

@@ -79,6 +79,11 @@ class Leaf:
         return self.tensor.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
+def leaves_in(module: str, component: str, stack: str) -> Callable[..., Leaf]:
+    """(name, tensor, *shape, **further fields) -> a leaf of a stack whose tensor's name begins with `module`."""
+    return lambda name, tensor, *shape, **more: Leaf(name, module + tensor, component, shape, stack, **more)
+
+
 Block = Callable[[Any, Weights, jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 
@@ -194,7 +199,6 @@ class Architecture:
             raise ValueError(f"architecture {self.model_type}: {problem}")
 
     def leaf(self, name: str) -> Leaf | None:
-        """The leaf with this name, or None."""
         return next((leaf for leaf in self.leaves if leaf.name == name), None)
 
     def leaf_of(self, tensor: str) -> Leaf | None:
@@ -331,7 +335,6 @@ def dimensions(config: DecoderConfig) -> Mapping[str, int]:
 
 
 def layer_types(config: DecoderConfig) -> Mapping[str, LayerType]:
-    """The types of layers, by name."""
     architecture = architecture_of(config)
     return architecture.layer_types or {LAYERS: LayerType(architecture.block, (LAYERS,))}
 
@@ -375,12 +378,10 @@ def leaves_of(config: DecoderConfig) -> list[Leaf]:
 
 
 def stack_leaves(config: DecoderConfig, stack: str = LAYERS) -> list[Leaf]:
-    """The leaves of a stack, in a model of this config."""
     return [leaf for leaf in leaves_of(config) if leaf.stack == stack]
 
 
 def leaves_of_layer(config: DecoderConfig, number: int) -> list[Leaf]:
-    """The leaves of a layer, in a model of this config."""
     stacks = layer_types(config)[types_of_layers(config)[number]].stacks
     return [leaf for stack in stacks for leaf in stack_leaves(config, stack)]
 

@@ -60,9 +60,7 @@ def gqa_attention(
     groups, scale = segments[0].key.shape[0], dim**-0.5 if scale is None else scale
     # Key-value heads first, like keys and values.
     query = query.reshape(batch, steps, groups, heads // groups, dim).transpose(2, 0, 3, 1, 4)
-    logits = []
-    for segment in segments:
-        logits.append(_masked_logits(query, segment, scale, softcap))
+    logits = [_masked_logits(query, segment, scale, softcap) for segment in segments]
     if sinks is not None:
         # Behind the last segment, so that no value is multiplied with their shares.
         logits.append(_sink_logits(sinks, (*query.shape[:-1], 1)))

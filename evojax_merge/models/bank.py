@@ -114,3 +114,11 @@ class Recipe:
 def take_candidate(population: Any, index: Any) -> Any:
     """Row `index` of a pytree whose leaves have a leading population axis."""
     return jax.tree.map(lambda leaf: leaf[index], population)
+
+
+def vmap_population(function: Callable[..., Any], *candidates: Any) -> Any:
+    """`function` applied to every candidate: vmap over the leading axis."""
+    if jax.tree.leaves(candidates)[0].shape[0] > 1:
+        return jax.vmap(function)(*candidates)
+    # A population axis of one would turn plain matmuls into batched ones, which are slower.
+    return jax.tree.map(lambda leaf: leaf[None], function(*take_candidate(candidates, 0)))

@@ -60,6 +60,14 @@ def mapping(keys: Mapping[str, Expected]) -> Expected:
     return Expected(lambda value: isinstance(value, dict), "a mapping", keys)
 
 
+def list_of(expected: Expected, words: str, count: int | None = None) -> Expected:
+    """A list of so many values, or of any number."""
+    return Expected(
+        lambda value: isinstance(value, list) and count in (None, len(value)) and all(map(expected.accepts, value)),
+        words,
+    )
+
+
 def or_null(expected: Expected) -> Expected:
     return replace(
         expected, accepts=lambda value: value is None or expected.accepts(value), words=f"null or {expected.words}"
@@ -69,10 +77,9 @@ def or_null(expected: Expected) -> Expected:
 SIZE = whole(1, 2**31 - 1)
 SWITCH = Expected(lambda value: isinstance(value, bool), "true or false")
 OFF = Expected(lambda value: value is None or value is False, "null or false")
+ANYTHING = Expected(lambda value: True, "any value")
 TEXT = Expected(lambda value: isinstance(value, str), "a text")
-TEXTS = Expected(
-    lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of texts"
-)
+TEXTS = list_of(TEXT, "a list of texts")
 # Not beyond float32, nor an integer of hundreds of digits, of which Python makes no float.
 FINITE = Expected(lambda value: is_number(value) and abs(value) <= 1e30, "a finite number")
 EPSILON = Expected(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to 1")

@@ -54,13 +54,7 @@ from evojax_merge.models.layers import (
     without_upcast,
 )
 from evojax_merge.models.projector import project
-from evojax_merge.models.recurrence import (
-    Histories,
-    RowRecurrence,
-    StepRecurrence,
-    empty_state,
-    histories,
-)
+from evojax_merge.models.recurrence import Histories, RowRecurrence, StepRecurrence, empty_state, histories
 from evojax_merge.models.sharding import replicate, shards_of
 from evojax_merge.models.sources import StackedWeights, UnstackedWeights
 
@@ -327,8 +321,7 @@ def _alternating(
         before = None if prefix is None else pick(prefix.by_type[name], row)
         before = None if before is None else first_row(type_.memory, before)
         weights = layer_weights(config, source, type_.stacks, slices)
-        x, kept = run_layer(config, type_, weights, x, number, kind, inputs, before)
-        return x, kept
+        return run_layer(config, type_, weights, x, number, kind, inputs, before)
 
     def step(carry: tuple[jax.Array, Any], each: Any) -> tuple[tuple[jax.Array, Any], None]:
         def of_type(name: str) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evojax_merge.models.architecture import Leaf
+from evojax_merge.models.architecture import Leaf, leaves_in
 from evojax_merge.models.config import DecoderConfig, RecurrentShape
 from evojax_merge.models.layers import Weights, dense, rms_norm
 from evojax_merge.models.recurrence import Recur
@@ -20,16 +20,9 @@ _EPSILON = 1e-6
 
 def leaves(projections: dict[str, tuple[str, str]]) -> tuple[Leaf, ...]:
     """The leaves of a layer. projections: leaf -> the module's name and the name of the axis of its outputs."""
-    module = "model.layers.{layer}.linear_attn."
-
-    def leaf(name: str, tensor: str, *shape: str, **more: Any) -> Leaf:
-        return Leaf(name, module + tensor, "attention", shape, STACK, **more)
-
+    leaf = leaves_in("model.layers.{layer}.linear_attn.", "attention", STACK)
     return (
-        *(
-            leaf(name, f"{tensor}.weight", out, "hidden", sharded_axis=-2)
-            for name, (tensor, out) in projections.items()
-        ),
+        *(leaf(name, f"{part}.weight", out, "hidden", sharded_axis=-2) for name, (part, out) in projections.items()),
         leaf("convolution", "conv1d.weight", "channels", "one", "kernel"),
         leaf("log_rate", "A_log", "value_heads"),
         leaf("step_bias", "dt_bias", "value_heads"),
@@ -39,7 +32,6 @@ def leaves(projections: dict[str, tuple[str, str]]) -> tuple[Leaf, ...]:
 
 
 def dimensions(shape: RecurrentShape) -> dict[str, int]:
-    """The sizes of the axes of a layer's leaves."""
     heads = shape.groups * shape.repeats
     values = heads * shape.value
     return {

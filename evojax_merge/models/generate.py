@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from evojax_merge.models.architecture import ATTENTION, architecture_of, layer_types, types_of_layers
+from evojax_merge.models.bank import vmap_population
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import (
     CacheUpdate,
@@ -176,10 +177,6 @@ def decode(
     arguments = (candidates, state, prefix)
     candidates, state, prefix = jax.tree.map(lambda leaf: leaf[0], arguments) if single else arguments
 
-    def unfinished(carry: Any) -> jax.Array:
-        number, state = carry
-        return (number < steps) & ~state.done.all()
-
     def body(carry: Any) -> Any:
         number, state = carry
         # Without draft tokens all running sequences end in one column.
@@ -218,7 +215,8 @@ def decode(
         states = _accept(states, accepted)
         return number + 1, DecodeState(tokens, num_generated, states, state.left_pad, done)
 
-    state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    begin = jnp.int32(0), state
+    _, state = jax.lax.while_loop(lambda carry: (carry[0] < steps) & ~carry[1].done.all(), body, begin)
     return jax.tree.map(lambda leaf: leaf[None], state) if single else state
 
 
@@ -250,14 +248,6 @@ def prompt_lookup_draft(context: jax.Array, last: jax.Array, step_tokens: int) -
     follows = jnp.take_along_axis(context, best[:, None] + jnp.arange(step_tokens), axis=1, mode="clip")
     last_tokens = jnp.take_along_axis(context, last[:, None], axis=1)
     return jnp.concatenate([last_tokens, follows[:, 1:]], axis=1)
-
-
-def vmap_population(function: Callable[..., Any], *candidates: Any) -> Any:
-    """`function` applied to every candidate: vmap over the leading axis."""
-    if jax.tree.leaves(candidates)[0].shape[0] > 1:
-        return jax.vmap(function)(*candidates)
-    # A population axis of one would turn plain matmuls into batched ones, which are slower.
-    return jax.tree.map(lambda leaf: leaf[None], function(*jax.tree.map(lambda leaf: leaf[0], candidates)))
 
 
 def is_stop(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.models.architecture import Leaf
+from evojax_merge.models.architecture import Leaf, leaves_in
 from evojax_merge.models.config import RecurrentShape
 from evojax_merge.models.layers import Weights, dense, dense_whole, rms_norm_float32
 from evojax_merge.models.recurrence import Recur
@@ -41,10 +41,7 @@ class Mamba:
 
 def leaves(module: str, stack: str) -> tuple[Leaf, ...]:
     """The leaves of a layer. module: the name of its module, which ends with a dot; its config has `mamba: Mamba`."""
-
-    def leaf(name: str, tensor: str, *shape: str, **more: Any) -> Leaf:
-        return Leaf(name, module + tensor, "attention", shape, stack, **more)
-
+    leaf = leaves_in(module, "attention", stack)
     return (
         leaf("in", "in_proj.weight", "mamba_in", "hidden", sharded_axis=-2),
         leaf("in_bias", "in_proj.bias", "mamba_in", present_if=lambda c: c.mamba.in_bias),
@@ -60,7 +57,6 @@ def leaves(module: str, stack: str) -> tuple[Leaf, ...]:
 
 
 def dimensions(mamba: Mamba) -> dict[str, int]:
-    """The sizes of the axes of a layer's leaves."""
     shape, inner = mamba.shape, mamba.inner
     heads = shape.groups * shape.repeats
     return {

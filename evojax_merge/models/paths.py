@@ -177,7 +177,6 @@ class StreamedPathBank:
         return replace(self, layout=self.layout.with_compute_dtype(compute_dtype))
 
     def layer(self, number: int) -> PathBank:
-        """The bank of one layer."""
         layout, kind = self.layout, jax.tree.map(lambda each: each[number : number + 1], self.layout.kinds)
         rows = tuple((stack, 0) for stack, _ in layout.rows[number])
         # Layers of a type share a program, whatever their origins.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +146,7 @@ class UnstackedWeights(MaterialisedWeights):
 
 @struct.dataclass
 class LazyMerge:
-    """The merge of `bank` by `recipe`, computed on demand and rounded to the export dtype. Made by `lazy_merge`.
+    """The merge of `bank` by `recipe`, computed on demand and rounded to the export dtype. Made by `of`.
 
     The statistics of `bank` are those at the recipe's densities. prefetch_layers: whether a pass loads the next layer's
     sources ahead, where that takes little memory; an accelerator's compiler makes equally fast code for a merge that
@@ -154,12 +154,20 @@ class LazyMerge:
     """
 
     combine: ClassVar[Callable[..., jax.Array]] = staticmethod(combine)
+    look_up: ClassVar[Callable[..., Any]] = staticmethod(look_up)
 
     bank: Bank
     recipe: Recipe
     spec: MergeSpec = struct.field(pytree_node=False)
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
     prefetch_layers: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def of(
+        cls, bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32", prefetch_layers: bool = False
+    ) -> Self:
+        """The merge of `bank` by `recipe`."""
+        return cls(_at_densities(cls.look_up, bank, recipe, spec), recipe, spec, compute_dtype, prefetch_layers)
 
     @property
     def stacks(self) -> dict[str, tuple[dict[str, LeafBank], Parameters]]:
@@ -303,9 +311,10 @@ class LazyMerge:
 class DifferentiableMerge(LazyMerge):
     """A lazy merge that can be differentiated with respect to its recipe (see merge_kernels.gradients): its statistics
     include those of the densities' neighbourhood. Gradients ignore the rounding to the export dtype (a straight-through
-    estimator, with the cotangents in that dtype). Made by `differentiable_merge`."""
+    estimator, with the cotangents in that dtype)."""
 
     combine: ClassVar[Callable[..., jax.Array]] = staticmethod(combine_differentiable)
+    look_up: ClassVar[Callable[..., Any]] = staticmethod(look_up_differentiable)
 
     @property
     def prefetch(self) -> bool:
@@ -316,20 +325,6 @@ class DifferentiableMerge(LazyMerge):
         """The whole candidate, in the export dtype, one layer after the other: a layer's derivative computes the values
         that it needs again."""
         return self._materialise(partial(jax.lax.map, jax.checkpoint(self.merge_layer)))
-
-
-def lazy_merge(
-    bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32", prefetch_layers: bool = False
-) -> LazyMerge:
-    """The merge of `bank` by `recipe`."""
-    return LazyMerge(_at_densities(look_up, bank, recipe, spec), recipe, spec, compute_dtype, prefetch_layers)
-
-
-def differentiable_merge(
-    bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32"
-) -> DifferentiableMerge:
-    """The merge of `bank` by `recipe`, to be differentiated with respect to the recipe."""
-    return DifferentiableMerge(_at_densities(look_up_differentiable, bank, recipe, spec), recipe, spec, compute_dtype)
 
 
 def _at_densities(look_up: Callable[..., Any], bank: Bank, recipe: Recipe, spec: MergeSpec) -> Bank:

@@ -52,7 +52,12 @@ def fit_item_model(scores: np.ndarray, task_of: np.ndarray) -> ItemModel:
         low[task_of == task] = of_task.min()
         scale[task_of == task] = float(of_task.max()) - float(of_task.min()) or 1.0
     responses = (scores - low) / scale
-    abilities = _first_abilities(responses)
+    # The fit begins at the principal components of the responses, the first one upwards.
+    vectors, _, loadings = np.linalg.svd(responses - responses.mean(axis=0), full_matrices=False)
+    count = min(DIMENSIONS, vectors.shape[1])
+    signs = np.where(loadings[:count].sum(axis=1) < 0, -1.0, 1.0)
+    abilities = np.zeros((len(responses), DIMENSIONS))
+    abilities[:, :count] = vectors[:, :count] * signs * np.sqrt(len(responses)) * ABILITY_SD
     # Half a candidate more with score 1, and half a one with score 0, keep the logits finite.
     mean = (responses.sum(axis=0) + 0.5) / (len(responses) + 1)
     items = np.zeros((len(task_of), DIMENSIONS + 1))
@@ -86,16 +91,6 @@ def predicted_spread(model: ItemModel) -> np.ndarray:
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * logits))
-
-
-def _first_abilities(responses: np.ndarray) -> np.ndarray:
-    """Where the fit begins, float64[R, K]: the principal components of the responses, the first one upwards."""
-    vectors, _, items = np.linalg.svd(responses - responses.mean(axis=0), full_matrices=False)
-    count = min(DIMENSIONS, vectors.shape[1])
-    signs = np.where(items[:count].sum(axis=1) < 0, -1.0, 1.0)
-    abilities = np.zeros((len(responses), DIMENSIONS))
-    abilities[:, :count] = vectors[:, :count] * signs * np.sqrt(len(responses)) * ABILITY_SD
-    return abilities
 
 
 def _dispersion(responses: np.ndarray, expected: np.ndarray, task_of: np.ndarray) -> np.ndarray:

@@ -16,13 +16,7 @@ import numpy as np
 
 from evojax_merge.config.search_config import SearchConfig
 from evojax_merge.errors import Failed
-from evojax_merge.evaluation.scores import (
-    BROKEN,
-    TaskScores,
-    fitness,
-    means,
-    task_weights,
-)
+from evojax_merge.evaluation.scores import BROKEN, TaskScores, fitness, means, task_weights
 from evojax_merge.search.answers import ask, finalists, metrics, tell
 from evojax_merge.search.budgets import GRADIENT_PASSES, STEPS_PER_LOOK, describe_length, looks_at_all
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples

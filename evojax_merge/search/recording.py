@@ -107,11 +107,9 @@ class Storage:
         """Bring what was kept to where it stays."""
 
     def read_history(self) -> list[dict[str, Any]]:
-        """The rows that were saved."""
         return list(self._rows)
 
     def read_timing(self) -> list[dict[str, Any]]:
-        """The lines of the clock that were saved."""
         return list(self._timing)
 
     def describe(self, generations: int) -> str:

@@ -53,12 +53,7 @@ from evojax_merge.search.run_parts import (
     remove_log,
     sweep,
 )
-from evojax_merge.search.run_schema import (
-    GROUPS,
-    StoredResult,
-    read_result,
-    read_run_config,
-)
+from evojax_merge.search.run_schema import GROUPS, StoredResult, read_result, read_run_config
 from evojax_merge.system.file_system import (
     atomic_folder,
     atomic_write,
@@ -308,14 +303,10 @@ def check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
         # The model that votes may have moved.
         if any(key[: len(extendable)] == extendable for extendable in EXTENDABLE) or key[-1] == "judge_address":
             continue
-        if key[-2:] == POPULATION and old is None:
-            # Earlier versions wrote a population only where the config had one.
-            continue
-        if key[-2:] == GRADIENT and old is None and new == GradientConfig().model_dump(mode="json"):
-            # Earlier versions wrote defaults only for strategies that came with the program.
-            continue
-        if key == (GROUPS,) and old is None:
-            # Earlier versions wrote no groups.
+        # Earlier versions wrote no groups, a population only where the config had one, and the defaults of gradients
+        # only for strategies that came with the program.
+        is_default = key[-2:] == GRADIENT and new == GradientConfig().model_dump(mode="json")
+        if old is None and (key == (GROUPS,) or key[-2:] == POPULATION or is_default):
             continue
         if key == (RANDOM_NUMBERS,):
             raise InputError(folder.path, OTHER_MASKS)

@@ -24,7 +24,7 @@ from evojax_merge.tasks.task import SplittableTask, Task
 def example_lengths(task: Task, tokenizer: Any, context: int) -> np.ndarray:
     """The number of tokens of each example's requests, int[N]."""
     requests, lengths = task.requests(tokenizer, context), np.zeros(task.size, int)
-    for row in (*requests.scored, *requests.prompts):
+    for row in requests.rows:
         lengths[row.example] += len(row.tokens)
     return lengths
 

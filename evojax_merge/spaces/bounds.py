@@ -23,6 +23,14 @@ def to_unit(free: jax.Array) -> jax.Array:
     return jnp.clip(jnp.where(x < EDGE, low, jnp.where(x > 1 - EDGE, high, x)), 0.0, 1.0)
 
 
+_to_unit = jax.jit(to_unit)
+
+
+def inside(genomes: np.ndarray) -> np.ndarray:
+    """float64[P, D] in [0, 1]: the values of free genomes `[P, D]`, on the host."""
+    return np.asarray(_to_unit(jnp.asarray(genomes, jnp.float32)), np.float64)
+
+
 @jax.custom_jvp
 def to_unit_with_slope(free: jax.Array) -> jax.Array:
     """`to_unit`, with a derivative that leads away from the bounds: at them, where the true derivative vanishes, it is

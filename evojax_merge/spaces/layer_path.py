@@ -27,21 +27,15 @@ import numpy as np
 
 from evojax_merge.errors import InputError
 from evojax_merge.models.paths import LayerPath
-from evojax_merge.spaces.bounds import from_unit, rows_among, to_unit, to_unit_with_slope
+from evojax_merge.spaces.bounds import from_unit, inside, rows_among, to_unit_with_slope
 
 # Hidden units of the scale network, of one hidden layer; and the width of the range, around 0, of its weights.
 NETWORK_WIDTH, NETWORK_SLOPE = 8, 8
-_to_unit = jax.jit(to_unit)
 _slope = jax.jit(jax.vmap(jax.grad(to_unit_with_slope)))
 
 
-def _inside(genomes: np.ndarray) -> np.ndarray:
-    """[0, 1] values of free genomes `[P, D]`."""
-    return np.asarray(_to_unit(jnp.asarray(genomes, jnp.float32)), np.float64)
-
-
 def _slopes(genes: np.ndarray) -> np.ndarray:
-    """The derivative of `_inside`, which leads away from the bounds (see `to_unit_with_slope`)."""
+    """The derivative of `inside`, which leads away from the bounds (see `to_unit_with_slope`)."""
     flat = jnp.asarray(genes, jnp.float32).ravel()
     return np.asarray(_slope(flat), np.float64).reshape(np.shape(genes))
 
@@ -144,7 +138,7 @@ class IndicatorSpace:
     def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where no layer is on, more than `max_steps` are, or they are no model."""
         paths: list[LayerPath | None] = []
-        for unit in _inside(genomes):
+        for unit in inside(genomes):
             on = np.flatnonzero(unit[: self.num_indicators] > 0.5)
             if not 0 < len(on) <= self.max_steps or not self.is_model((on % self.layers).tolist()):
                 paths.append(None)
@@ -158,7 +152,7 @@ class IndicatorSpace:
         0 elsewhere. cotangents: with respect to each path's scales, float[T]."""
         derivatives = np.zeros(np.shape(genomes))
         for row, genome, unit, path, cotangent in zip(
-            derivatives, genomes, _inside(genomes), self.decode(genomes), cotangents, strict=True
+            derivatives, genomes, inside(genomes), self.decode(genomes), cotangents, strict=True
         ):
             if path is not None and cotangent is not None and len(path.layers) > 1 and self.scale_dims:
                 in_logs = (np.asarray(cotangent) * path.scales)[1:]
@@ -323,7 +317,7 @@ class MoveSpace:
 
     def _on(self, genome: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of the moves that are on, int[N], and their genes in [0, 1], float64[N, G]."""
-        rows = _inside(genome[None])[0].reshape(self.count, -1)
+        rows = inside(genome[None])[0].reshape(self.count, -1)
         on = np.flatnonzero(rows[:, 0] > 0.5)
         return on, rows[on]
 
@@ -387,10 +381,10 @@ class MoveSpace:
             if len(steps) > MOST_STEPS:
                 break
             block = range(move.first, move.first + move.layers)
-            inside = [t for t, (place, _, _) in enumerate(steps) if place in block]
-            if not inside:
+            within = [t for t, (place, _, _) in enumerate(steps) if place in block]
+            if not within:
                 continue
-            begin, end = inside[0], inside[-1] + 1
+            begin, end = within[0], within[-1] + 1
             if move.what == "scale":
                 steps = [_scaled([step], number)[0] if step[0] in block else step for step in steps]
             elif move.what == "skip":

@@ -8,18 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.spaces.bounds import from_unit, to_unit
+from evojax_merge.spaces.bounds import from_unit, inside
+from evojax_merge.spaces.parameter import layer_spans
 
 # The names of what may be searched, in a genome's order.
 SEARCHED = ("scale", "bias", "experts", "dense")
 # The genes in [0, 1] above which a group of layers is dense, and with which a search begins.
 DENSE, MIXED = 0.5, 0.25
-_to_unit = jax.jit(to_unit)
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,7 @@ class MixtureSpace:
 
     @property
     def groups(self) -> list[str]:
-        """The groups' labels."""
-        firsts = range(0, self.layers, self.layers_per_group)
-        lasts = [min(first + self.layers_per_group, self.layers) - 1 for first in firsts]
-        return [f"layer {a}" if a == b else f"layers {a}-{b}" for a, b in zip(firsts, lasts, strict=True)]
+        return layer_spans(self.layers, self.layers_per_group)
 
     @cached_property
     def _widths(self) -> dict[str, int]:
@@ -94,7 +89,7 @@ class MixtureSpace:
     def values(self, genomes: np.ndarray) -> dict[str, np.ndarray]:
         """The searched values of genomes float32[P, D]: name -> float64[P, groups, E], of `dense` [P, groups, 1]. They
         have so few digits that a recipe holds them exactly."""
-        unit = np.asarray(_to_unit(jnp.asarray(genomes, jnp.float32)), np.float64)
+        unit = inside(genomes)
         splits = np.cumsum(list(self._widths.values()))[:-1]
         units = dict(
             zip(self._widths, np.split(unit.reshape(len(unit), len(self.groups), -1), splits, -1), strict=True)

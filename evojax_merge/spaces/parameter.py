@@ -302,9 +302,7 @@ class ParameterSpace(GroupSpace):
 
     def __post_init__(self) -> None:
         names = []
-        for first in range(0, self.layers, self.layers_per_group):
-            last = min(first + self.layers_per_group, self.layers) - 1
-            span = f"layer {first}" if first == last else f"layers {first}-{last}"
+        for span in layer_spans(self.layers, self.layers_per_group):
             names += [f"{span} {'+'.join(part)}" for part in self.layer_components]
         object.__setattr__(self, "groups", (*names, *map("+".join, self.shared_components)))
 
@@ -402,6 +400,13 @@ def _pull_back(space: ParameterSpace, genomes: jax.Array, cotangents: Recipe) ->
         return gradient
 
     return jax.vmap(one)(genomes, cotangents)
+
+
+def layer_spans(layers: int, layers_per_group: int) -> list[str]:
+    """The labels of groups of so many neighbouring layers."""
+    firsts = range(0, layers, layers_per_group)
+    lasts = [min(first + layers_per_group, layers) - 1 for first in firsts]
+    return [f"layer {a}" if a == b else f"layers {a}-{b}" for a, b in zip(firsts, lasts, strict=True)]
 
 
 def uniform_start(method: Method, name: str, parents: int) -> tuple[float, ...]:

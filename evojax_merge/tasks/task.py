@@ -60,6 +60,11 @@ class TaskRequests:
     answer: str | None = None
 
     @property
+    def rows(self) -> tuple[Row, ...]:
+        """The scored rows, then the prompts."""
+        return self.scored + self.prompts
+
+    @property
     def generated(self) -> tuple[Any, ...]:
         """Tasks for which this is equal, such as the accuracy and the length of one answer, share continuations."""
         return self.prompts, self.max_new_tokens, self.stop, self.sampler, self.answer

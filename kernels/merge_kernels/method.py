@@ -76,8 +76,9 @@ def vector_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32 if dtype.itemsize > 2 else jnp.bfloat16)
 
 
-# The weight of each parent, in every family that has one.
+# The weight of each parent, and the factor of the merge of task vectors, in every family that has one.
 WEIGHT = Parameter("weight", per_parent=True, default=None, low=0.0, high=1.0)
+LAMBDA = Parameter("lambda", per_parent=False, default=1.0, low=0.0, high=2.0)
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,10 @@ class PrepareInputs:
     densities: Sequence[np.ndarray]
     row_keys: RowKeys
     moments: TensorMoments = lambda k: None
+
+    def stored(self, vectors: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Vectors `[N, ...]`, one by one, in the dtype in which they are stored."""
+        return tuple(vectors.astype(vector_dtype(widest(x.dtype for x in self.sources))))
 
 
 @dataclass(frozen=True)

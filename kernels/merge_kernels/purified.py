@@ -15,17 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_kernels.method import (
-    CombineInputs,
-    Method,
-    Numbers,
-    Options,
-    Parameter,
-    Prepared,
-    PrepareInputs,
-    vector_dtype,
-    widest,
-)
+from merge_kernels.method import LAMBDA, CombineInputs, Method, Numbers, Options, Parameter, Prepared, PrepareInputs
 from merge_kernels.registry import register
 from merge_kernels.sums import sum_over
 
@@ -35,7 +25,6 @@ Rule = Callable[[np.ndarray, Numbers], np.ndarray]
 
 # The vectors are fixed where their rule is one of a sum: at weight 1 each.
 WEIGHT = Parameter("weight", per_parent=True, default=1.0, low=0.0, high=2.0)
-LAMBDA = Parameter("lambda", per_parent=False, default=1.0, low=0.0, high=2.0)
 # Eigenvalues of a Gram matrix below this share of the largest are rounding errors.
 TOLERANCE = 1e-10
 
@@ -81,7 +70,7 @@ def purify(rule: Rule, has_weights: bool, inputs: PrepareInputs) -> tuple[np.nda
         vectors = deltas / len(parents)
     if not has_weights:
         vectors = vectors.sum(axis=0, keepdims=True)
-    return tuple(vectors.astype(vector_dtype(widest(x.dtype for x in inputs.sources))))
+    return inputs.stored(vectors)
 
 
 def register_purified(

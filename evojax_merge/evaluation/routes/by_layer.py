@@ -14,26 +14,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from evojax_merge.evaluation import layer_passes, passes
+from evojax_merge.evaluation import layer_passes, passes, programs
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.devices import on_host, pad_chunk, size_of, tree_nbytes
-from evojax_merge.evaluation.programs import (
-    EMBED,
-    EMBED_GRADIENT,
-    HEAD,
-    HEAD_GRADIENT,
-    LAYER,
-    LAYER_GRADIENT,
-    MERGE,
-    PREFIX,
-    PREFIX_GRADIENT,
-    RECIPE_GRADIENT,
-    SUM,
-    Each,
-    Evaluation,
-    Job,
-    Program,
-)
+from evojax_merge.evaluation.devices import on_host, pad_chunk, size_of
+from evojax_merge.evaluation.programs import Each, Evaluation, Job, Program, merge_traffic
 from evojax_merge.evaluation.responses import enter, score_gradients
 from evojax_merge.models.architecture import LAYERS, types_of_layers
 from evojax_merge.models.bank import Recipe
@@ -62,20 +46,15 @@ class States:
 @dataclass
 class Chunk:
     """A chunk of candidates on the way through the layers. rows: their numbers; candidates: their arrays; states: those
-    behind the layers that it has gone through, the last ones alone unless they are kept."""
+    behind the layers that it has gone through, the last ones alone unless they are kept. behind, slope: the derivatives
+    while layers come back, with respect to the states behind the next one, and with respect to the candidates' arrays
+    for the leaves outside of the layers."""
 
     rows: np.ndarray
     candidates: Any
     states: list[States] = field(default_factory=list)
-
-
-@dataclass
-class Derivatives:
-    """The derivatives of a chunk while layers come back: with respect to the states behind the next one, and with
-    respect to the candidates' arrays for the leaves outside of the layers."""
-
-    behind: States
-    ends: Any = None
+    behind: States = field(default_factory=States)
+    slope: Any = None
 
 
 @dataclass(frozen=True)
@@ -212,36 +191,35 @@ def _side_by_side(threads: bool, jobs: Iterator[Job]) -> Each:
 def _scoring(
     evaluator: "Evaluator", population: "StreamedPopulation", tasks: Sequence[BatchedTask], chunk: int,
     responses: Sequence[Responses], progress: "Progress", waits: StatesPlacement,
+    weights: Sequence[np.ndarray] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score the rows of all tasks, `chunk` candidates together, in one run through the bank; enters the results in
-    `responses`. waits: where the hidden states of all candidates are meanwhile."""
+    `responses`. waits: where the hidden states of all candidates are meanwhile. weights: of the totals that
+    `_differentiating` differentiates, which goes on from the states before each layer, the derivatives of the answers,
+    and the returned passes' spec, tasks' inputs, chunks, makers of jobs and reports."""
     spec = passes.PassSpec(evaluator.config, population.factory, evaluator.devices.mesh)
     inputs = [inputs_of(evaluator, batched_task) for batched_task in tasks]
     chunks = [Chunk(rows, candidates) for rows, candidates in population.chunks(chunk)]
+    runs, depth = 1 if weights is None else 2, population.parts.depth
+    side_by_side = partial(_side_by_side, evaluator.runs_two_jobs(runs * population.parts.layer_bytes))
     parts = population.parts.bring([one.candidates for one in chunks])
-    side_by_side = partial(_side_by_side, evaluator.runs_two_jobs(population.parts.layer_bytes))
+    steps = sum(len(task.batches) for task in inputs) * population.size
 
     def each(job: Callable[["Part", Chunk], Job]) -> Each:
         """A job for each chunk and its part of the next of `parts`, which is gone when the jobs are."""
         bring = next(parts)
         return side_by_side(job(bring(one.candidates), one) for one in chunks)
 
+    def layer_done(number: int) -> None:
+        """Report the share of a layer in the steps; `number` counts those of both runs."""
+        progress(steps * (number + 1) // (runs * depth) - steps * number // (runs * depth))
+
     yield each(partial(_embed, spec, inputs, waits))
-    depth = population.parts.depth
-    counted = _LayerProgress(progress, depth, sum(len(t.batches) for t in inputs) * population.size)
     for number in range(depth):
-        yield each(partial(_forward_layer, spec, number, inputs, waits, False))
-        counted.layer_done()
-
-    def answering(part: "Part", one: Chunk) -> Job:
-        ends, candidates = part
-        for i, task in enumerate(inputs):
-            head = passes.ScoreSpec(spec.config, spec.factory, spec.mesh, task.task.requests.logits_fn)
-            for batch, arrays, x in zip(task.scoring_batches, task.batches, one.states[-1].batches[i], strict=True):
-                read = partial(enter, responses[i], one.rows, batch)
-                yield Program(HEAD, layer_passes.answer, (head, (ends, arrays), (candidates, x)), chunk, read=read)
-
-    yield each(answering)
+        yield each(partial(_forward_layer, spec, number, inputs, waits, weights is not None))
+        layer_done(number)
+    yield each(partial(_answer, spec, inputs, waits, responses, weights))
+    return spec, inputs, chunks, side_by_side, layer_done
 
 
 def _embed(
@@ -252,7 +230,7 @@ def _embed(
 
     def embed(arrays: dict[str, Any]) -> Program:
         arguments = (spec, (ends, _layout(arrays)), candidates)
-        return Program(EMBED, layer_passes.embed, arguments, size_of(chunk.candidates))
+        return Program(programs.EMBED, layer_passes.embed, arguments, size_of(chunk.candidates))
 
     states = States()
     for task in inputs:
@@ -286,7 +264,7 @@ def _forward_layer(
             arguments = (layer, (index, _layout(arrays)), (weights, kv), before.batches[i][b])
             run = layer_passes.run_keeping if keeps_states else layer_passes.run
             results = yield Program(
-                LAYER, run, arguments, size, holds=(weights, waits.held), host_bytes=waits.host_bytes
+                programs.LAYER, run, arguments, size, holds=(weights, waits.held), host_bytes=waits.host_bytes
             )
             after.batches[i][b] = waits.keep(results[0] if keeps_states else results)
     if keeps_states:
@@ -304,18 +282,43 @@ def _prefix_layer(
 ) -> Program:
     """The program that takes a prefix through a layer: its states behind it, and what the layer keeps."""
     arguments = (spec, (index, _layout(arrays)), (weights, None), x)
-    return Program(PREFIX, layer_passes.run_keeping, arguments, size, holds=weights)
+    return Program(programs.PREFIX, layer_passes.run_keeping, arguments, size, holds=weights)
 
 
 def _merge(spec: passes.PassSpec, part: "Part", size: int) -> Program:
     """The program that merges a layer for a chunk of candidates."""
     merging = passes.MaterialiseSpec(spec.factory, spec.mesh)
-    moved = partial(_merged_bytes, tree_nbytes(part[0]), size)
-    return Program(MERGE, layer_passes.merge_layer, (merging, *part), size, merge_bytes=moved)
+    moved = merge_traffic(part[0], size)
+    return Program(programs.MERGE, layer_passes.merge_layer, (merging, *part), size, merge_bytes=moved)
 
 
-def _merged_bytes(sources: int, size: int, weights: Any) -> int:
-    return sources + tree_nbytes(weights) // size
+def _answer(
+    spec: passes.PassSpec, inputs: Sequence[TaskInputs], waits: StatesPlacement, responses: Sequence[Responses],
+    weights: Sequence[np.ndarray] | None, part: "Part", chunk: Chunk,
+) -> Job:  # fmt: skip
+    """Answer the tasks' rows from a chunk's states behind the last layer, and differentiate the answers where there are
+    `weights`."""
+    (ends, candidates), last, size = part, chunk.states.pop(), size_of(chunk.candidates)
+    for i, task in enumerate(inputs):
+        head = passes.ScoreSpec(spec.config, spec.factory, spec.mesh, task.task.requests.logits_fn)
+        cotangents = []
+        for batch, arrays, x in zip(task.scoring_batches, task.batches, last.batches[i], strict=True):
+            read, shared = partial(enter, responses[i], chunk.rows, batch), (ends, arrays)
+            if weights is None:
+                yield Program(programs.HEAD, layer_passes.answer, (head, shared, (candidates, x)), size, read=read)
+                continue
+            padded = pad_chunk(weights[i], chunk.rows, size)
+            real = np.where(batch.rows >= 0, padded[:, batch.rows], 0).astype(np.float32)
+            _, _, slope, cotangent = yield Program(
+                programs.HEAD_GRADIENT, layer_passes.answer_gradient, (head, shared, (candidates, x, real)), size,
+                read=read,
+            )  # fmt: skip
+            chunk.slope = yield from _sum(chunk.slope, slope, size)
+            cotangents.append(waits.keep(cotangent))
+        if weights is not None:
+            # Nothing depends on the prefix's states behind the last layer.
+            chunk.behind.prefixes.append(jax.tree.map(_zeros, last.prefixes[i]))
+            chunk.behind.batches.append(cotangents)
 
 
 def _differentiating(
@@ -327,66 +330,29 @@ def _differentiating(
     two runs through the bank: the states before each layer are kept, and the layers come back in reverse. Enters the
     results in `gradient`, float32, and the responses in `responses`."""
     bank = population.parts.bank
-    spec = passes.PassSpec(evaluator.config, population.factory, evaluator.devices.mesh)
-    inputs = [inputs_of(evaluator, batched_task) for batched_task in tasks]
-    chunks = [Chunk(rows, recipes) for rows, recipes in population.chunks(chunk)]
-    side_by_side = partial(_side_by_side, evaluator.runs_two_jobs(2 * population.parts.layer_bytes))
-
-    ends = bank.embedding_leaves()
-    yield side_by_side(_embed(spec, inputs, waits, (ends, one.candidates.shared), one) for one in chunks)
-    ends = bank.resident_leaves(ends)
-    counted = _LayerProgress(progress, 2 * bank.depth, sum(len(task.batches) for task in inputs) * population.size)
-    for number, leaves in bank.layers(range(bank.depth)):
-        forward = partial(_forward_layer, spec, number, inputs, waits, True)
-        yield side_by_side(forward(layer_part(number, leaves, one.candidates), one) for one in chunks)
-        counted.layer_done()
-        del leaves
-
-    ends = bank.head_leaves(ends)
-    derivatives = [Derivatives(States()) for _ in chunks]
-
-    def answering(one: Chunk, slopes: Derivatives) -> Job:
-        last = one.states.pop()
-        for i, task in enumerate(inputs):
-            head = passes.ScoreSpec(spec.config, spec.factory, spec.mesh, task.task.requests.logits_fn)
-            cotangents = []
-            for batch, arrays, x in zip(task.scoring_batches, task.batches, last.batches[i], strict=True):
-                padded = pad_chunk(weights[i], one.rows, chunk)
-                real = np.where(batch.rows >= 0, padded[:, batch.rows], 0).astype(np.float32)
-                arguments = (head, (ends, arrays), (one.candidates.shared, x, real))
-                read = partial(enter, responses[i], one.rows, batch)
-                _, _, slope, cotangent = yield Program(
-                    HEAD_GRADIENT, layer_passes.answer_gradient, arguments, chunk, read=read
-                )
-                slopes.ends = yield from _sum(slopes.ends, slope, chunk)
-                cotangents.append(waits.keep(cotangent))
-            # Nothing depends on the prefix's states behind the last layer.
-            slopes.behind.prefixes.append(jax.tree.map(_zeros, last.prefixes[i]))
-            slopes.behind.batches.append(cotangents)
-
-    yield side_by_side(map(answering, chunks, derivatives))
-    ends = {}
+    spec, inputs, chunks, side_by_side, layer_done = yield from _scoring(
+        evaluator, population, tasks, chunk, responses, progress, waits, weights
+    )
     for number, leaves in bank.layers(range(bank.depth)[::-1]):
         backward = partial(_backward_layer, spec, number, leaves, inputs, waits, gradient)
-        yield side_by_side(map(backward, chunks, derivatives))
-        counted.layer_done()
+        yield side_by_side(map(backward, chunks))
+        layer_done(2 * bank.depth - 1 - number)
         del leaves, backward
-
     ends = bank.embedding_leaves()
 
-    def finishing(one: Chunk, slopes: Derivatives) -> Job:
-        for task, prefix, cotangents in zip(inputs, slopes.behind.prefixes, slopes.behind.batches, strict=True):
+    def finishing(one: Chunk) -> Job:
+        for task, prefix, cotangents in zip(inputs, one.behind.prefixes, one.behind.batches, strict=True):
             pairs = [
                 *zip(task.batches, cotangents, strict=True),
                 *([] if task.prefix is None else [(task.prefix, prefix)]),
             ]
             for arrays, cotangent in pairs:
                 arguments = (spec, (ends, _layout(arrays)), (one.candidates.shared, cotangent))
-                slope = yield Program(EMBED_GRADIENT, layer_passes.embed_gradient, arguments, chunk)
-                slopes.ends = yield from _sum(slopes.ends, slope, chunk)
-        _add_rows(gradient.shared, one.rows, slopes.ends)
+                slope = yield Program(programs.EMBED_GRADIENT, layer_passes.embed_gradient, arguments, chunk)
+                one.slope = yield from _sum(one.slope, slope, chunk)
+        _add_rows(gradient.shared, one.rows, one.slope)
 
-    yield side_by_side(map(finishing, chunks, derivatives))
+    yield side_by_side(map(finishing, chunks))
 
 
 def layer_part(number: int, leaves: Any, recipes: Recipe) -> "Part":
@@ -396,7 +362,7 @@ def layer_part(number: int, leaves: Any, recipes: Recipe) -> "Part":
 
 def _backward_layer(
     spec: passes.PassSpec, number: int, leaves: Any, inputs: Sequence[TaskInputs], waits: StatesPlacement,
-    gradient: Recipe, chunk: Chunk, slopes: Derivatives,
+    gradient: Recipe, chunk: Chunk,
 ) -> Job:  # fmt: skip
     """Take a chunk's derivatives back through a layer, and enter that with respect to its parameters."""
     size = size_of(chunk.candidates)
@@ -408,28 +374,28 @@ def _backward_layer(
         kept: Any = None
         if task.prefix is not None:
             _, kv = yield _prefix_layer(layer, index, task.prefix, weights, before.prefixes[i], size)
-        cotangents = slopes.behind.batches[i]
+        cotangents = chunk.behind.batches[i]
         for b, arrays in enumerate(task.batches):
             each = ((weights, kv), before.batches[i][b], (cotangents[b], None))
             arguments: tuple[Any, ...] = (layer, (index, _layout(arrays)), each)
             part, x, of_prefix = yield Program(
-                LAYER_GRADIENT, layer_passes.run_gradient, arguments, size, holds=(weights, slope, waits.held),
+                programs.LAYER_GRADIENT, layer_passes.run_gradient, arguments, size, holds=(weights, slope, waits.held),
                 host_bytes=waits.host_bytes,
             )  # fmt: skip
             cotangents[b] = waits.keep(x)
             slope = yield from _sum(slope, part, size)
             kept = yield from _sum(kept, of_prefix, size)
         if task.prefix is not None:
-            behind = (slopes.behind.prefixes[i], kept)
+            behind = (chunk.behind.prefixes[i], kept)
             arguments = (layer, (index, _layout(task.prefix)), ((weights, None), before.prefixes[i], behind))
-            part, slopes.behind.prefixes[i], _ = yield Program(
-                PREFIX_GRADIENT, layer_passes.run_gradient, arguments, size, holds=weights
+            part, chunk.behind.prefixes[i], _ = yield Program(
+                programs.PREFIX_GRADIENT, layer_passes.run_gradient, arguments, size, holds=weights
             )
             slope = yield from _sum(slope, part, size)
     merging = passes.MaterialiseSpec(spec.factory, spec.mesh)
     arguments = (merging, leaves, (layer_part(number, leaves, chunk.candidates)[1], slope))
-    moved = partial(_merged_bytes, tree_nbytes(leaves), size)
-    part = yield Program(RECIPE_GRADIENT, layer_passes.merge_gradient, arguments, size, merge_bytes=moved)
+    moved = merge_traffic(leaves, size)
+    part = yield Program(programs.RECIPE_GRADIENT, layer_passes.merge_gradient, arguments, size, merge_bytes=moved)
     places = {name: values[:, number : number + 1] for name, values in gradient.stacks[LAYERS].items()}
     _add_rows(places, chunk.rows, part)
 
@@ -438,7 +404,7 @@ def _sum(total: Any, part: Any, size: int) -> Job:
     """The sum of two pytrees; None is nothing."""
     if total is None:
         return part
-    return (yield Program(SUM, passes.add, (total, part), size, is_priced=False))
+    return (yield Program(programs.SUM, passes.add, (total, part), size, is_priced=False))
 
 
 def _zeros(array: Any) -> Any:
@@ -452,18 +418,3 @@ def _add_rows(into: Any, rows: np.ndarray, parts: Any) -> None:
     for leaf, part in zip(jax.tree.leaves(into), jax.tree.leaves(parts), strict=True):
         if not isinstance(part, jax.ShapeDtypeStruct):
             leaf[rows] += on_host(part)[: len(rows)]
-
-
-@dataclass
-class _LayerProgress:
-    """Reports the steps of an evaluation as its layers are done."""
-
-    progress: "Progress"
-    depth: int
-    steps: int
-    layers: int = 0
-
-    def layer_done(self) -> None:
-        before = self.steps * self.layers // self.depth
-        self.layers += 1
-        self.progress(self.steps * self.layers // self.depth - before)

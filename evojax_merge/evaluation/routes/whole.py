@@ -12,22 +12,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from evojax_merge.evaluation import passes
+from evojax_merge.evaluation import passes, programs
 from evojax_merge.evaluation.batched_tasks import BatchedTask, halve_batches
 from evojax_merge.evaluation.devices import on_host, pad_chunk, size_of
-from evojax_merge.evaluation.passes import TracedPass, trace
-from evojax_merge.evaluation.programs import (
-    ALL_READ,
-    GRADIENT,
-    PREFIX,
-    PREFIX_GRADIENT,
-    SCORE,
-    SUM,
-    Each,
-    Evaluation,
-    Job,
-    Program,
-)
+from evojax_merge.evaluation.passes import trace
+from evojax_merge.evaluation.programs import ALL_READ, Each, Evaluation, Job, Program
 from evojax_merge.evaluation.responses import enter, score_gradients
 from evojax_merge.models.decoder import LayerStates
 from evojax_merge.tasks.batches import ScoringBatch
@@ -73,7 +62,7 @@ def differentiate(
     row_weights = score_gradients(batched_task.task, responses, *weights)
     gradient = jax.tree.map(np.zeros_like, population.candidates)
     threads = evaluator.runs_two_jobs(evaluator.devices.candidate_bytes(population.model_shape()))
-    size = gradient_chunk(evaluator, population, batched_task) * evaluator.devices.population
+    size = scoring_chunk(evaluator, population, batched_task, is_gradient=True) * evaluator.devices.population
     for rows, candidates in population.chunks(size):
         padded = pad_chunk(row_weights, rows, size)
         part = yield from _differentiating(
@@ -94,7 +83,7 @@ def planned_scoring(evaluator: "Evaluator", population: "Population", batched_ta
 def planned_gradient(evaluator: "Evaluator", scored: "Population", batched_task: BatchedTask) -> Evaluation:
     """Differentiate a task's rows for one chunk of candidates, without entering the results anywhere."""
     population = scored.differentiable()
-    size = gradient_chunk(evaluator, population, batched_task) * evaluator.devices.population
+    size = scoring_chunk(evaluator, population, batched_task, is_gradient=True) * evaluator.devices.population
     first, nobody = population.first(size), batched_task.requests.unanswered(size)
     return _differentiating(
         evaluator, population, batched_task, np.arange(size), first.candidates, nobody.totals, nobody,
@@ -108,24 +97,12 @@ def _scoring(
 ) -> Evaluation:  # fmt: skip
     """Score a task's rows, `chunk` candidates on each device together; enters the results in `responses`."""
     assert batched_task.scoring is not None
-    scoring, mesh, threads = batched_task.scoring, evaluator.devices.mesh, evaluator.runs_two_jobs(0)
+    scoring, threads = batched_task.scoring, evaluator.runs_two_jobs(0)
     # Each pass would redo the merge, so where there are several, and room for the chunk, it is done once.
     materialised = len(scoring.batches) > 1 and _fits_materialised(evaluator, population, chunk)
     for rows, candidates in population.chunks(chunk * evaluator.devices.population):
-        source = population.source(candidates, evaluator.compute_dtype)
-        if materialised:
-            source = yield from population.materialise(mesh, candidates)
-        prefix = yield from read_prefix(evaluator, source, scoring.shared_prefix, batched_task)
-
-        def job(batch: ScoringBatch, source: "Source" = source, prefix: LayerStates | None = prefix) -> Job:
-            spec = passes.ScoreSpec(evaluator.config, source.factory, mesh, batched_task.requests.logits_fn)
-            arrays = evaluator.batch_arrays(batched_task, batch)
-            arguments = (spec, (source.replicated, arrays), (source.candidates, prefix))
-            results = yield Program(
-                SCORE, passes.score, arguments, source.size, holds=(source.holds, prefix),
-                merge_bytes=source.merge_bytes,
-            )  # fmt: skip
-            return batch, results
+        source, prefix = yield from _source_and_prefix(evaluator, population, batched_task, candidates, materialised)
+        job = partial(_batch_job, evaluator, batched_task, source, prefix)
 
         def read(result: Any, rows: np.ndarray = rows) -> None:
             batch, answers = result
@@ -133,6 +110,36 @@ def _scoring(
             progress(len(rows))
 
         yield Each(map(job, scoring.batches), read, threads=threads)
+
+
+def _source_and_prefix(
+    evaluator: "Evaluator", population: "Population", batched_task: BatchedTask, candidates: Any, materialised: bool
+) -> Generator[Program, Any, tuple["Source", LayerStates | None]]:
+    """A chunk of candidates as arguments of the passes over a task's rows, and the cache of the rows' prefix."""
+    assert batched_task.scoring is not None
+    source = population.source(candidates, evaluator.compute_dtype)
+    if materialised:
+        source = yield from population.materialise(evaluator.devices.mesh, candidates)
+    return source, (yield from read_prefix(evaluator, source, batched_task.scoring.shared_prefix, batched_task))
+
+
+def _batch_job(
+    evaluator: "Evaluator", batched_task: BatchedTask, source: "Source", prefix: LayerStates | None,
+    batch: ScoringBatch, weights: np.ndarray | None = None,
+) -> Job:  # fmt: skip
+    """Score a batch of a task's rows for a chunk of candidates, and differentiate the sum of the totals times their
+    `weights: float32[P, S]` where there are such. Returns the batch and the results."""
+    spec = passes.ScoreSpec(evaluator.config, source.factory, evaluator.devices.mesh, batched_task.requests.logits_fn)
+    shared = (source.replicated, evaluator.batch_arrays(batched_task, batch))
+    name, function, each = programs.SCORE, passes.score, [source.candidates, prefix]
+    if weights is not None:
+        name, function = programs.GRADIENT, passes.score_gradient
+        each.append(np.where(batch.rows >= 0, weights[:, batch.rows], 0).astype(np.float32))
+    results = yield Program(
+        name, function, (spec, shared, tuple(each)), source.size, holds=(source.holds, prefix),
+        merge_bytes=source.merge_bytes,
+    )  # fmt: skip
+    return batch, results
 
 
 def read_prefix(
@@ -144,11 +151,11 @@ def read_prefix(
     spec = passes.PassSpec(evaluator.config, source.factory, evaluator.devices.mesh)
     images = evaluator.images_of(batched_task).of_prefix(shared_prefix)
     arguments = (spec, (source.replicated, shared_prefix, images), source.candidates)
-    return (
-        yield Program(
-            PREFIX, passes.prefill_prefix, arguments, source.size, holds=source.holds, merge_bytes=source.merge_bytes
-        )
-    )
+    program = Program(
+        programs.PREFIX, passes.prefill_prefix, arguments, source.size, holds=source.holds,
+        merge_bytes=source.merge_bytes,
+    )  # fmt: skip
+    return (yield program)
 
 
 def _differentiating(
@@ -163,21 +170,8 @@ def _differentiating(
     redone = len(scoring.batches) > 1 or not evaluator.target.is_accelerator
     chunk = size_of(candidates) // evaluator.devices.population
     materialised = redone and _fits_materialised(evaluator, population, chunk)
-    source = population.source(candidates, evaluator.compute_dtype)
-    if materialised:
-        source = yield from population.materialise(mesh, candidates)
-    prefix = yield from read_prefix(evaluator, source, scoring.shared_prefix, batched_task)
-
-    def job(batch: ScoringBatch) -> Job:
-        real = np.where(batch.rows >= 0, weights[:, batch.rows], 0).astype(np.float32)
-        spec = passes.ScoreSpec(evaluator.config, source.factory, mesh, batched_task.requests.logits_fn)
-        arrays = evaluator.batch_arrays(batched_task, batch)
-        arguments = (spec, (source.replicated, arrays), (source.candidates, prefix, real))
-        results = yield Program(
-            GRADIENT, passes.score_gradient, arguments, source.size, holds=(source.holds, prefix),
-            merge_bytes=source.merge_bytes,
-        )  # fmt: skip
-        return batch, results
+    source, prefix = yield from _source_and_prefix(evaluator, population, batched_task, candidates, materialised)
+    job = partial(_batch_job, evaluator, batched_task, source, prefix, weights=weights)
 
     def read(result: Any) -> None:
         batch, (answers, _) = result
@@ -191,10 +185,10 @@ def _differentiating(
         images = evaluator.images_of(batched_task).of_prefix(scoring.shared_prefix)
         arguments = (spec, (source.replicated, scoring.shared_prefix, images), (source.candidates, cotangents))
         through = yield Program(
-            PREFIX_GRADIENT, passes.prefix_gradient, arguments, source.size, holds=holds,
+            programs.PREFIX_GRADIENT, passes.prefix_gradient, arguments, source.size, holds=holds,
             merge_bytes=source.merge_bytes,
         )  # fmt: skip
-        gradient = yield Program(SUM, passes.add, (gradient, through), source.size, is_priced=False)
+        gradient = yield Program(programs.SUM, passes.add, (gradient, through), source.size, is_priced=False)
     if materialised:
         gradient = yield from population.pull_back(mesh, candidates, gradient, holds)
     return gradient
@@ -208,66 +202,28 @@ def _fits_materialised(evaluator: "Evaluator", population: "Population", chunk: 
     return model is not None and nbytes <= MATERIALISE_FRACTION * evaluator.free_memory()
 
 
-def scoring_chunk(evaluator: "Evaluator", population: "Population", batched_task: BatchedTask) -> int:
-    """The largest power of two of candidates whose temporaries, as the compiler reports them, fit a device; 1 on a CPU,
-    where sharing a pass is slower than one candidate after the other."""
-    key = (batched_task.task.name, "scores", _share(evaluator, population))
-    temporaries = partial(_scoring_temporaries, evaluator, population, batched_task)
-    is_new = key not in evaluator.chunk_sizes
-    chunk = _fitting_chunk(evaluator, key, temporaries, batched_task)
-    if is_new and chunk > 1:
-        evaluator.log(
-            f"{batched_task.task.name}: {chunk} of {population.size} candidates a pass and "
-            f"device, in batches of {batched_task.tokens_per_batch} tokens"
-        )
-    return chunk
-
-
-def gradient_chunk(evaluator: "Evaluator", population: "DifferentiablePopulation", batched_task: BatchedTask) -> int:
-    """The number of candidates that share a pass that is differentiated (see `scoring_chunk`)."""
-    key = (batched_task.task.name, "gradients", _share(evaluator, population))
-    temporaries = partial(gradient_temporaries, evaluator, population, batched_task)
-    return _fitting_chunk(evaluator, key, temporaries, batched_task)
-
-
-def _scoring_temporaries(
-    evaluator: "Evaluator", population: "Population", batched_task: BatchedTask, chunk: int
-) -> int | None:
-    """Bytes beyond its arguments that the largest pass over a chunk needs on a device; None where the compiler reports
-    nothing."""
-    spec, shared, each = _largest_pass(evaluator, population, batched_task, chunk)
-    return _pass_bytes(evaluator, trace(passes.score, spec, shared, each), each[1])
-
-
-def gradient_temporaries(
-    evaluator: "Evaluator", population: "DifferentiablePopulation", batched_task: BatchedTask, chunk: int
-) -> int | None:
-    """Bytes beyond its arguments that the largest pass over a chunk that is differentiated needs on a device."""
-    spec, (replicated, batch), (candidates, prefix) = _largest_pass(evaluator, population, batched_task, chunk)
-    weights = np.zeros((size_of(candidates), len(batch["rows"])), np.float32)
-    traced = trace(passes.score_gradient, spec, (replicated, batch), (candidates, prefix, weights))
-    return _pass_bytes(evaluator, traced, prefix)
-
-
-def _share(evaluator: "Evaluator", population: "Population") -> int:
-    """The most candidates that a device has."""
-    return max(1, -(-population.size // evaluator.devices.population))
-
-
-def _fitting_chunk(
-    evaluator: "Evaluator", key: tuple[str, str, int], temporaries: Temporaries, batched_task: BatchedTask
+def scoring_chunk(
+    evaluator: "Evaluator", population: "Population", batched_task: BatchedTask, *, is_gradient: bool = False
 ) -> int:
-    """The config's chunk, else the largest part of a device's candidates that fits, chosen once for a `key`: the
-    task's name, the kind of pass, and the most candidates of a device."""
+    """The number of candidates that share a pass on a device, chosen once: the config's chunk, else the largest power
+    of two of candidates whose temporaries, as the compiler reports them, fit a device; 1 on a CPU, where sharing a pass
+    is slower than one candidate after the other. is_gradient: the pass is differentiated."""
+    most = max(1, -(-population.size // evaluator.devices.population))
+    key = (batched_task.task.name, "gradients" if is_gradient else "scores", most)
     if key not in evaluator.chunk_sizes:
-        most = key[2]
         if evaluator.chunk is not None:
             chunk = min(evaluator.chunk, most)
         elif not evaluator.target.is_accelerator:
             chunk = 1
         else:
+            temporaries = partial(pass_temporaries, evaluator, population, batched_task, is_gradient=is_gradient)
             chunk = _largest_chunk(evaluator.free_memory(), temporaries, batched_task, most)
         evaluator.chunk_sizes[key] = chunk
+        if chunk > 1 and not is_gradient:
+            evaluator.log(
+                f"{batched_task.task.name}: {chunk} of {population.size} candidates a pass and "
+                f"device, in batches of {batched_task.tokens_per_batch} tokens"
+            )
     return evaluator.chunk_sizes[key]
 
 
@@ -290,24 +246,28 @@ def _largest_chunk(budget: int, temporaries: Temporaries, batched_task: BatchedT
     return chunk if chunk > 1 and double <= budget else 1
 
 
-def _largest_pass(
-    evaluator: "Evaluator", population: "Population", batched_task: BatchedTask, chunk: int
-) -> tuple[Any, Any, Any]:
-    """The arguments of `passes.score` for the largest batch and a chunk."""
+def pass_temporaries(
+    evaluator: "Evaluator", population: "Population", batched_task: BatchedTask, chunk: int, *, is_gradient: bool
+) -> int | None:
+    """Bytes beyond its arguments that the pass over the largest batch and a chunk needs on a device; None where the
+    compiler reports nothing. is_gradient: the pass is differentiated."""
     assert batched_task.scoring is not None
-    _, candidates = next(population.chunks(chunk * evaluator.devices.population))
+    devices = evaluator.devices
+    _, candidates = next(population.chunks(chunk * devices.population))
     batch = max(batched_task.scoring.batches, key=lambda batch: batch.tokens.size)
-    factory, mesh, shared_prefix = population.factory, evaluator.devices.mesh, batched_task.scoring.shared_prefix
-    prefix = None
+    factory, shared_prefix = population.factory, batched_task.scoring.shared_prefix
+    prefix, prefix_bytes = None, 0
     if shared_prefix.size:
-        read = partial(passes.prefill_prefix, passes.PassSpec(evaluator.config, factory, mesh))
+        read = partial(passes.prefill_prefix, passes.PassSpec(evaluator.config, factory, devices.mesh))
         images = evaluator.images_of(batched_task).of_prefix(shared_prefix)
         prefix = jax.eval_shape(read, (population.replicated, shared_prefix, images), candidates)
-    spec = passes.ScoreSpec(evaluator.config, factory, mesh, batched_task.requests.logits_fn)
-    return spec, (population.replicated, evaluator.batch_arrays(batched_task, batch)), (candidates, prefix)
-
-
-def _pass_bytes(evaluator: "Evaluator", traced: TracedPass, prefix: Any) -> int | None:
-    temporaries, devices = evaluator.temporary_bytes(traced), evaluator.devices
-    prefix_bytes = 0 if prefix is None else devices.candidate_bytes(prefix) // devices.population
+        prefix_bytes = devices.candidate_bytes(prefix) // devices.population
+    spec = passes.ScoreSpec(evaluator.config, factory, devices.mesh, batched_task.requests.logits_fn)
+    shared = (population.replicated, evaluator.batch_arrays(batched_task, batch))
+    if is_gradient:
+        weights = np.zeros((size_of(candidates), len(batch.rows)), np.float32)
+        traced = trace(passes.score_gradient, spec, shared, (candidates, prefix, weights))
+    else:
+        traced = trace(passes.score, spec, shared, (candidates, prefix))
+    temporaries = evaluator.temporary_bytes(traced)
     return None if temporaries is None else temporaries + prefix_bytes

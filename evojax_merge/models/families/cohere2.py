@@ -8,18 +8,7 @@ from typing import Any
 
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import EPSILON, OFF, SIZE, SWITCH, TEXTS, Expected, above, or_null
-from evojax_merge.models.families.llama_like import (
-    BIASES,
-    PROJECTIONS,
-    SHARED,
-    WINDOW,
-    dimensions,
-    llama_like,
-    norm_leaf,
-    read_config,
-    sliding_layers,
-    switched_position_tables,
-)
+from evojax_merge.models.families import llama_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,30 +20,31 @@ class CohereConfig(LlamaLikeConfig):
 
 _HEAD_NORMS = {"q_norm": ("heads", "head_dim"), "k_norm": ("kv_heads", "head_dim")}
 LEAVES = (
-    norm_leaf("attention_norm", "input_layernorm"),
-    *(replace(leaf, shape=_HEAD_NORMS.get(leaf.name, leaf.shape)) for leaf in PROJECTIONS),
-    *SHARED,
+    llama_like.norm_leaf("attention_norm", "input_layernorm"),
+    *(replace(leaf, shape=_HEAD_NORMS.get(leaf.name, leaf.shape)) for leaf in llama_like.PROJECTIONS),
+    *llama_like.SHARED,
 )
 KEYS: dict[str, Expected] = {
     "attention_bias": SWITCH, "layer_norm_eps": EPSILON, "logit_scale": above(0), "use_qk_norm": or_null(SWITCH),
 }  # fmt: skip
 WINDOWS: dict[str, Expected] = {
-    "layer_types": or_null(TEXTS), "sliding_window": WINDOW, "sliding_window_pattern": or_null(SIZE),
+    "layer_types": or_null(TEXTS), "sliding_window": llama_like.WINDOW, "sliding_window_pattern": or_null(SIZE),
     "use_qk_norm": OFF,
 }  # fmt: skip
 
 
 def read(model_type: str, hf: Mapping[str, Any]) -> CohereConfig:
-    return read_config(
-        model_type, {**hf, "rms_norm_eps": hf["layer_norm_eps"]}, CohereConfig, BIASES | {"logit_scale": "logit_scale"},
-        qk_norm=bool(hf.get("use_qk_norm")), norm="layer", interleaved=True, side_by_side=True,
+    return llama_like.read_config(
+        model_type, {**hf, "rms_norm_eps": hf["layer_norm_eps"]}, CohereConfig,
+        llama_like.BIASES | {"logit_scale": "logit_scale"}, qk_norm=bool(hf.get("use_qk_norm")), norm="layer",
+        interleaved=True, side_by_side=True,
     )  # fmt: skip
 
 
 def _cohere(model_type: str, config_class: str, keys: dict[str, Expected], read: Any, **fields: Any) -> Any:
-    return llama_like(
+    return llama_like.llama_like(
         model_type, config_class, keys, read, unread="rms_norm_eps", leaves=LEAVES,
-        dimensions=lambda config: dimensions(config) | {"heads": config.heads, "kv_heads": config.kv_heads},
+        dimensions=lambda config: llama_like.dimensions(config) | {"heads": config.heads, "kv_heads": config.kv_heads},
         map_logits=lambda config, products: products * config.logit_scale, always_maps_logits=True, **fields,
     )  # fmt: skip
 
@@ -64,6 +54,6 @@ COHERE2 = _cohere(
     "cohere2",
     "Cohere2Config",
     KEYS | WINDOWS,
-    lambda hf: replace(read("cohere2", hf), position_kinds=sliding_layers(hf)),
-    position_tables=switched_position_tables,
+    lambda hf: replace(read("cohere2", hf), position_kinds=llama_like.sliding_layers(hf)),
+    position_tables=llama_like.switched_position_tables,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evojax_merge.models.architecture import LAYERS, NEXT_LAYERS, Leaf
+from evojax_merge.models.architecture import LAYERS, NEXT_LAYERS, leaves_in
 from evojax_merge.models.config_keys import OFF, SIZE, SWITCH, Expected, one_of, or_null
 from evojax_merge.models.families import llama_like, mixture
 from evojax_merge.models.families.glm4_moe import ROUTER_KEYS, SPARSE_LEAVES, dense_first, read_gate, read_layers
@@ -54,14 +54,11 @@ class LatentConfig(MixtureConfig):
 # Tensors
 
 
-def _leaf(name: str, tensor: str, *shape: str, **more: Any) -> Leaf:
-    return Leaf(name, f"model.layers.{{layer}}.self_attn.{tensor}", "attention", shape, LAYERS, **more)
-
-
 def _has_rank(config: LatentConfig) -> bool:
     return config.query_rank > 0
 
 
+_leaf = leaves_in("model.layers.{layer}.self_attn.", "attention", LAYERS)
 ATTENTION = (
     _leaf("q", "q_proj.weight", "queries", "hidden", sharded_axis=-2, present_if=lambda c: not _has_rank(c)),
     _leaf("q_a", "q_a_proj.weight", "query_rank", "hidden", present_if=_has_rank),

@@ -4,7 +4,7 @@ a bias that only chooses, and the other layers an MLP."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evojax_merge.models.config_keys import OFF, SIZE, Expected, is_number, whole
+from evojax_merge.models.config_keys import EPSILON, OFF, SIZE, whole
 from evojax_merge.models.families import llama_like, mixture
 from evojax_merge.models.families.glm4_moe import correction_leaf
 from evojax_merge.models.families.mixture import DENSE, SPARSE, Gate, MixtureConfig
@@ -53,7 +53,7 @@ ERNIE4_5_MOE = mixture.mixture_of_experts(
         "moe_layer_end_index": whole(-1, 2**31 - 1),
         "moe_layer_interval": SIZE,
         "moe_layer_start_index": whole(0, 2**31 - 1),
-        "moe_norm_min": Expected(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to 1"),
+        "moe_norm_min": EPSILON,
         "moe_num_experts": SIZE,
         "moe_num_shared_experts": whole(0, 2**31 - 1),
         "use_bias": OFF,

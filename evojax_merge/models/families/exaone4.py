@@ -6,37 +6,28 @@ from typing import Any
 
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import TEXTS, Expected, or_null
-from evojax_merge.models.families.llama_like import (
-    INNER_PROJECTIONS,
-    SHARED,
-    WINDOW,
-    llama_like,
-    norm_leaf,
-    read_config,
-    sliding_layers,
-    switched_position_tables,
-)
+from evojax_merge.models.families import llama_like
 
 
 def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
-    has_rope = sliding_layers(hf) if hf["sliding_window"] is not None else (1,) * hf["num_hidden_layers"]
-    return read_config("exaone4", hf, LlamaLikeConfig, qk_norm=True, position_kinds=has_rope)
+    has_rope = llama_like.sliding_layers(hf) if hf["sliding_window"] is not None else (1,) * hf["num_hidden_layers"]
+    return llama_like.read_config("exaone4", hf, LlamaLikeConfig, qk_norm=True, position_kinds=has_rope)
 
 
-EXAONE4 = llama_like(
+EXAONE4 = llama_like.llama_like(
     "exaone4",
     "Exaone4Config",
     {
         "layer_types": or_null(TEXTS),
-        "sliding_window": WINDOW,
+        "sliding_window": llama_like.WINDOW,
         "sliding_window_pattern": Expected(lambda value: True, "any value, which layer_types overrides"),
     },
     read,
     leaves=(
-        norm_leaf("post_attention_norm", "post_attention_layernorm", writes_residual=True),
-        norm_leaf("post_mlp_norm", "post_feedforward_layernorm", writes_residual=True),
-        *INNER_PROJECTIONS,
-        *SHARED,
+        llama_like.norm_leaf("post_attention_norm", "post_attention_layernorm", writes_residual=True),
+        llama_like.norm_leaf("post_mlp_norm", "post_feedforward_layernorm", writes_residual=True),
+        *llama_like.INNER_PROJECTIONS,
+        *llama_like.SHARED,
     ),
-    position_tables=switched_position_tables,
+    position_tables=llama_like.switched_position_tables,
 )

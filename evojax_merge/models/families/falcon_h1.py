@@ -10,19 +10,11 @@ import jax
 from evojax_merge.models import mamba2
 from evojax_merge.models.architecture import ATTENTION, LAYERS, RECURRENCE, LayerType
 from evojax_merge.models.config import LlamaLikeConfig
-from evojax_merge.models.config_keys import FINITE, SIZE, SWITCH, Expected, above, or_null
+from evojax_merge.models.config_keys import FINITE, SIZE, SWITCH, Expected, above, list_of, or_null
 from evojax_merge.models.families import granite, llama_like
 from evojax_merge.models.families.granite_hybrid import MAMBA_KEYS, read_mamba
 from evojax_merge.models.families.llama_like import BIASES, project_qkv
-from evojax_merge.models.layers import (
-    ACTIVATIONS,
-    Attend,
-    CosSin,
-    KeyValue,
-    Weights,
-    dense,
-    rms_norm,
-)
+from evojax_merge.models.layers import ACTIVATIONS, Attend, CosSin, KeyValue, Weights, dense, rms_norm
 from evojax_merge.models.mamba2 import Mamba
 from evojax_merge.models.recurrence import Recur
 
@@ -95,24 +87,15 @@ def block(
 # config.json
 
 
-def _numbers(count: int) -> Expected:
-    return or_null(
-        Expected(
-            lambda value: isinstance(value, list) and len(value) == count and all(map(FINITE.accepts, value)),
-            f"{count} numbers",
-        )
-    )
-
-
 KEYS: dict[str, Expected] = MAMBA_KEYS | {
     "attention_bias": SWITCH,
     "mamba_d_ssm": or_null(SIZE),
     "mamba_norm_before_gate": SWITCH,
     "mamba_rms_norm": SWITCH,
     "mlp_bias": SWITCH,
-    "mlp_multipliers": _numbers(2),
+    "mlp_multipliers": or_null(list_of(FINITE, "2 numbers", 2)),
     "projectors_bias": SWITCH,
-    "ssm_multipliers": _numbers(5),
+    "ssm_multipliers": or_null(list_of(FINITE, "5 numbers", 5)),
     **dict.fromkeys(MULTIPLIERS, above(0)),
 }
 

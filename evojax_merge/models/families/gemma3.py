@@ -27,7 +27,6 @@ def read(hf: Mapping[str, Any]) -> GemmaConfig:
 
 
 def gguf_settings(file: GgufFile) -> dict[str, Any]:
-    """The keys of config.json for a GGUF file."""
     settings = gemma_like.gguf_settings(file, large=62)
     pattern = file.value(".attention.sliding_window_pattern", SIZE, WINDOW_PATTERN)
     kinds = ("sliding_attention", "full_attention")

@@ -13,26 +13,10 @@ import jax.numpy as jnp
 from evojax_merge.models.architecture import Architecture, SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import OFF, SIZE, SWITCH, TEXTS, Expected, above, one_of, or_null
-from evojax_merge.models.families import llama_like as common
-from evojax_merge.models.families.llama_like import (
-    BIASES,
-    INNER_PROJECTIONS,
-    SHARED,
-    WINDOW,
-    llama_like,
-    norm_leaf,
-    read_config,
-)
+from evojax_merge.models.families import llama_like
 from evojax_merge.models.families.llama_like_gguf import FACTOR, llama_metadata, llama_settings
 from evojax_merge.models.gguf import GgufFile, Settings
-from evojax_merge.models.layers import (
-    ACTIVATIONS,
-    Attend,
-    CosSin,
-    KeyValue,
-    SequenceLayout,
-    Weights,
-)
+from evojax_merge.models.layers import ACTIVATIONS, Attend, CosSin, KeyValue, SequenceLayout, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +30,12 @@ class GemmaConfig(LlamaLikeConfig):
 
 
 LEAVES = (
-    norm_leaf("attention_norm", "input_layernorm"),
-    norm_leaf("post_attention_norm", "post_attention_layernorm", writes_residual=True, gain_offset=1.0),
-    norm_leaf("mlp_norm", "pre_feedforward_layernorm"),
-    norm_leaf("post_mlp_norm", "post_feedforward_layernorm", writes_residual=True, gain_offset=1.0),
-    *INNER_PROJECTIONS,
-    *SHARED,
+    llama_like.norm_leaf("attention_norm", "input_layernorm"),
+    llama_like.norm_leaf("post_attention_norm", "post_attention_layernorm", writes_residual=True, gain_offset=1.0),
+    llama_like.norm_leaf("mlp_norm", "pre_feedforward_layernorm"),
+    llama_like.norm_leaf("post_mlp_norm", "post_feedforward_layernorm", writes_residual=True, gain_offset=1.0),
+    *llama_like.INNER_PROJECTIONS,
+    *llama_like.SHARED,
 )
 GEMMA_KEYS: dict[str, Expected] = {
     "attention_bias": SWITCH,
@@ -59,7 +43,7 @@ GEMMA_KEYS: dict[str, Expected] = {
     "hidden_activation": one_of(*ACTIVATIONS),
     "layer_types": or_null(TEXTS),
     "query_pre_attn_scalar": above(0),
-    "sliding_window": WINDOW,
+    "sliding_window": llama_like.WINDOW,
     "use_bidirectional_attention": OFF,
 }
 
@@ -69,7 +53,7 @@ def gemma_like(
 ) -> Architecture:  # fmt: skip
     """An architecture with this module's tensors and forward pass. keys: the keys that its class reads beside
     `GEMMA_KEYS`; read, fields: see `llama_like`."""
-    return llama_like(
+    return llama_like.llama_like(
         model_type, config_class, GEMMA_KEYS | keys, read, unread="hidden_act", leaves=LEAVES, embed=embed, block=block,
         map_logits=map_logits, **fields,
     )  # fmt: skip
@@ -84,7 +68,7 @@ def block(
     config: GemmaConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
 ) -> tuple[jax.Array, KeyValue]:
     attend = partial(attend, scale=config.query_scale, softcap=config.attention_softcap)
-    return common.block(config, weights, x, rope, attend)
+    return llama_like.block(config, weights, x, rope, attend)
 
 
 def map_logits(config: GemmaConfig, products: jax.Array) -> jax.Array:
@@ -96,17 +80,25 @@ def read_gemma(
     model_type: str, hf: Mapping[str, Any], *, qk_norm: bool, attention_softcap: float | None
 ) -> GemmaConfig:
     """The config for the values `hf` of the keys of config.json."""
-    return read_config(
+    return llama_like.read_config(
         model_type,
         {**hf, "hidden_act": hf["hidden_activation"]},
         GemmaConfig,
-        BIASES | {"logit_softcap": "final_logit_softcapping"},
+        llama_like.BIASES | {"logit_softcap": "final_logit_softcapping"},
         qk_norm=qk_norm,
         norm="rms_float32",
         norm_offset=1.0,
         query_scale=hf["query_pre_attn_scalar"] ** -0.5,
         attention_softcap=attention_softcap,
     )
+
+
+# In GGUF files: the metadata behind keys of config.json.
+GGUF_KEYS = {
+    "attn_logit_softcapping": (".attn_logit_softcapping", FACTOR),
+    "final_logit_softcapping": (".final_logit_softcapping", FACTOR),
+    "sliding_window": (".attention.sliding_window", SIZE),
+}
 
 
 def gguf_settings(file: GgufFile, large: int) -> dict[str, Any]:
@@ -117,12 +109,7 @@ def gguf_settings(file: GgufFile, large: int) -> dict[str, Any]:
     is_large = settings["num_hidden_layers"] == large
     per_head = settings["hidden_size"] // max(settings["num_attention_heads"], 1)
     settings["query_pre_attn_scalar"] = per_head if is_large else settings["head_dim"]
-    keys = {
-        "attn_logit_softcapping": (".attn_logit_softcapping", FACTOR),
-        "final_logit_softcapping": (".final_logit_softcapping", FACTOR),
-        "sliding_window": (".attention.sliding_window", SIZE),
-    }
-    for name, (key, expected) in keys.items():
+    for name, (key, expected) in GGUF_KEYS.items():
         if file.key(key) in file.metadata:
             settings[name] = file.value(key, expected)
     return settings
@@ -131,8 +118,5 @@ def gguf_settings(file: GgufFile, large: int) -> dict[str, Any]:
 def gguf_metadata(values: Mapping[str, Any]) -> Settings:
     """The inverse of `gguf_settings`."""
     metadata, tensors = llama_metadata(values)
-    keys = {
-        ".attn_logit_softcapping": "attn_logit_softcapping", ".final_logit_softcapping": "final_logit_softcapping",
-        ".attention.sliding_window": "sliding_window",
-    }  # fmt: skip
-    return metadata | {name: values[key] for name, key in keys.items() if values.get(key) is not None}, tensors
+    written = {key: values[name] for name, (key, _) in GGUF_KEYS.items() if values.get(name) is not None}
+    return metadata | written, tensors

@@ -61,13 +61,15 @@ def read_layers(hf: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def dense_first(types: Sequence[str]) -> dict[str, Any]:
-    """The number of first layers with an MLP. Raises ValueError where such a layer comes later."""
-    dense = list(types).count(DENSE)
-    if DENSE in types[dense:]:
-        late = dense + list(types[dense:]).index(DENSE)
-        raise ValueError(f"first_k_dense_replace: layer {late} has an MLP, behind layers with a mixture of experts")
-    return {"first_k_dense_replace": dense}
+def dense_first(types: Sequence[str], key: str = "first_k_dense_replace") -> dict[str, Any]:
+    """The number of first layers with an MLP, as a key of config.json; the names of their types end with `DENSE`.
+    Raises ValueError where such a layer comes later."""
+    is_dense = [name.endswith(DENSE) for name in types]
+    dense = sum(is_dense)
+    if any(is_dense[dense:]):
+        late = dense + is_dense[dense:].index(True)
+        raise ValueError(f"{key}: layer {late} has an MLP, behind layers with a mixture of experts")
+    return {key: dense}
 
 
 def read(hf: Mapping[str, Any]) -> MixtureConfig:

@@ -10,17 +10,8 @@ import jax
 from evojax_merge.models.architecture import Architecture
 from evojax_merge.models.config import NO_WINDOW, RopeConfig
 from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, above, one_of
+from evojax_merge.models.families import llama_like
 from evojax_merge.models.families.gpt2 import GPT2Config, dimensions, final_norm, layer_matrices
-from evojax_merge.models.families.llama_like import (
-    FINAL_NORM_BIAS,
-    LAYER_NORMS,
-    PARTIAL_ROPE,
-    PARTIAL_ROTARY,
-    SHARED,
-    embed,
-    renamed,
-    rope_config,
-)
 from evojax_merge.models.layers import (
     ACTIVATIONS,
     Attend,
@@ -53,14 +44,14 @@ NAMES = {
     "model.layers": "gpt_neox.layers", "model.embed_tokens": "gpt_neox.embed_in",
     "model.norm": "gpt_neox.final_layer_norm", "lm_head": "embed_out",
 }  # fmt: skip
-EMBED, FINAL_NORM, HEAD = SHARED
+EMBED, FINAL_NORM, HEAD = llama_like.SHARED
 LEAVES = (
-    *(renamed(leaf, NAMES) for leaf in LAYER_NORMS),
+    *(llama_like.renamed(leaf, NAMES) for leaf in llama_like.LAYER_NORMS),
     *(
         replace(leaf, present_if=lambda c: c.attention_bias) if leaf.name in ("qkv_bias", "o_bias") else leaf
         for leaf in layer_matrices("gpt_neox.layers.{layer}.", MODULES, transposed=False)
     ),
-    *(renamed(leaf, NAMES) for leaf in (EMBED, FINAL_NORM, FINAL_NORM_BIAS, HEAD)),
+    *(llama_like.renamed(leaf, NAMES) for leaf in (EMBED, FINAL_NORM, llama_like.FINAL_NORM_BIAS, HEAD)),
 )
 FILTERS = {
     "attention": ".attention.", "mlp": ".mlp.", "norm": "layernorm", "embed": "embed_in", "head": "embed_out",
@@ -110,7 +101,7 @@ def read_config(hf: Mapping[str, Any]) -> GPTNeoXConfig:
         mlp=hf["intermediate_size"],
         norm_eps=hf["layer_norm_eps"],
         activation=hf["hidden_act"],
-        rope=rope_config(hf["rope_parameters"], hf["max_position_embeddings"], rotary_dim),
+        rope=llama_like.rope_config(hf["rope_parameters"], hf["max_position_embeddings"], rotary_dim),
         rotary_dim=rotary_dim,
         parallel_residual=hf["use_parallel_residual"],
         attention_bias=hf["attention_bias"],
@@ -129,17 +120,17 @@ GPT_NEOX = Architecture(
         "max_position_embeddings": CONTEXT,
         "num_attention_heads": SIZE,
         "num_hidden_layers": DEPTH,
-        "rope_parameters": PARTIAL_ROPE,
-        "rope_scaling": PARTIAL_ROPE,
+        "rope_parameters": llama_like.PARTIAL_ROPE,
+        "rope_scaling": llama_like.PARTIAL_ROPE,
         "rotary_emb_base": above(1),
-        "rotary_pct": PARTIAL_ROTARY,
+        "rotary_pct": llama_like.PARTIAL_ROTARY,
         "tie_word_embeddings": SWITCH,
         "use_parallel_residual": SWITCH,
         "vocab_size": SIZE,
     },
     read_config=read_config,
     dimensions=dimensions,
-    embed=embed,
+    embed=llama_like.embed,
     position_tables=lambda config, layout: rope_tables(config.rope, config.rotary_dim, layout),
     block=block,
     final_norm=final_norm,

@@ -31,13 +31,20 @@ def embed(config: GraniteConfig, source: SharedWeights, tokens: jax.Array, layou
     return source.rows("embed", tokens) * config.embedding_multiplier
 
 
-def block(
-    config: GraniteConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+def attention(
+    config: Any, weights: Weights, x: jax.Array, rope: CosSin | tuple[()], attend: Attend
 ) -> tuple[jax.Array, KeyValue]:
+    """The hidden states plus attention's output, and the keys and values to keep."""
     with jax.named_scope("attention"):
         normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
         attn_out, kept = attend(*project_qkv(config, weights, normed, rope), scale=config.attention_multiplier)
-        x = x + config.residual_multiplier * dense(attn_out, weights, "o")
+        return x + config.residual_multiplier * dense(attn_out, weights, "o"), kept
+
+
+def block(
+    config: GraniteConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+) -> tuple[jax.Array, KeyValue]:
+    x, kept = attention(config, weights, x, rope, attend)
     normed = rms_norm(x, weights["mlp_norm"], config.norm_eps)
     return x + config.residual_multiplier * gated_mlp(config, weights, normed), kept
 

@@ -25,19 +25,9 @@ from evojax_merge.models.config_keys import (
     whole,
 )
 from evojax_merge.models.families import granite, llama_like, mixture
-from evojax_merge.models.families.llama_like import BIASES, project_qkv, read_types
+from evojax_merge.models.families.llama_like import BIASES, read_types
 from evojax_merge.models.families.mixture import MixtureConfig
-from evojax_merge.models.layers import (
-    ACTIVATIONS,
-    Attend,
-    CosSin,
-    KeyValue,
-    Weights,
-    dense,
-    dense_heads,
-    dense_parts,
-    rms_norm,
-)
+from evojax_merge.models.layers import ACTIVATIONS, Attend, CosSin, KeyValue, Weights, dense, dense_parts, rms_norm
 from evojax_merge.models.mamba2 import Mamba
 from evojax_merge.models.recurrence import Recur
 
@@ -122,15 +112,7 @@ def _second_half(config: GraniteHybridConfig, weights: Weights, x: jax.Array) ->
 def attention_block(
     config: GraniteHybridConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
 ) -> tuple[jax.Array, KeyValue]:
-    with jax.named_scope("attention"):
-        normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
-        heads = (
-            project_qkv(config, weights, normed, rope)
-            if config.rotates
-            else [dense_heads(normed, weights, name, config.head_dim) for name in ("q", "k", "v")]
-        )
-        out, kept = attend(*heads, scale=config.attention_multiplier)
-        x = x + config.residual_multiplier * dense(out, weights, "o")
+    x, kept = granite.attention(config, weights, x, rope if config.rotates else (), attend)
     return _second_half(config, weights, x), kept
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from evojax_merge.models.architecture import LAYERS, RECURRENCE, LayerType, Leaf
+from evojax_merge.models.architecture import LAYERS, RECURRENCE, LayerType, Leaf, leaves_in
 from evojax_merge.models.config import LlamaLikeConfig, RecurrentShape
 from evojax_merge.models.config_keys import EPSILON, KERNEL, SIZE, SWITCH, TEXTS, Expected, above, or_null
 from evojax_merge.models.families import llama_like
@@ -32,14 +32,11 @@ def renamed(leaf: Leaf) -> Leaf:
     return replace(llama_like.renamed(leaf, NAMES), stack=FULL if leaf.component == "attention" else leaf.stack)
 
 
-def _leaf(name: str, tensor: str, *shape: str, **more: Any) -> Leaf:
-    return Leaf(name, f"{_LAYER}conv.{tensor}", "attention", shape, CONVOLUTION, **more)
-
-
 def _has_bias(config: LlamaLikeConfig) -> bool:
     return config.o_bias
 
 
+_leaf = leaves_in(f"{_LAYER}conv.", "attention", CONVOLUTION)
 LEAVES = (
     llama_like.norm_leaf("attention_norm", "operator_norm"),
     llama_like.norm_leaf("mlp_norm", "ffn_norm"),

@@ -1,7 +1,7 @@
 """LFM2's mixtures: the first layers have an MLP, and the others experts, whose router takes sigmoids and, in most
 models, a bias that only chooses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from evojax_merge.models.architecture import ATTENTION, LAYERS, RECURRENCE, LayerType
 from evojax_merge.models.config_keys import EPSILON, KERNEL, SIZE, SWITCH, TEXTS, above, or_null, whole
 from evojax_merge.models.families import lfm2, llama_like, mixture
-from evojax_merge.models.families.glm4_moe import correction_leaf
+from evojax_merge.models.families.glm4_moe import correction_leaf, dense_first
 from evojax_merge.models.families.lfm2 import CONVOLUTION, FULL
 from evojax_merge.models.families.llama_like import read_types
 from evojax_merge.models.families.mixture import DENSE, SPARSE, Gate, MixtureConfig
@@ -40,16 +40,6 @@ LEAVES = (
 def layer_type(mixer: str, mlp: str) -> LayerType:
     mix, memory = _MIXERS[mixer]
     return LayerType(partial(_BLOCKS[mlp], mix), (LAYERS, mixer, mlp), memory)
-
-
-def type_keys(types: Sequence[str]) -> dict[str, Any]:
-    """The number of first layers with an MLP. Raises ValueError where such a layer comes later."""
-    is_dense = [name.endswith(DENSE) for name in types]
-    dense = sum(is_dense)
-    if any(is_dense[dense:]):
-        late = dense + is_dense[dense:].index(True)
-        raise ValueError(f"num_dense_layers: layer {late} has an MLP, behind layers with a mixture of experts")
-    return {"num_dense_layers": dense}
 
 
 def read(hf: Mapping[str, Any]) -> Lfm2MoeConfig:
@@ -85,7 +75,7 @@ LFM2_MOE = llama_like.llama_like(
     leaves=LEAVES,
     dimensions=lambda config: {**lfm2.dimensions(config), **mixture.dimensions(config)},
     layer_types={f"{mixer}_{mlp}": layer_type(mixer, mlp) for mixer in _MIXERS for mlp in _BLOCKS},
-    type_keys=type_keys,
+    type_keys=partial(dense_first, key="num_dense_layers"),
     packed={
         "model.layers.{layer}.feed_forward.experts.gate_up_proj": ("gate", "up"),
         "model.layers.{layer}.feed_forward.experts.down_proj": ("down",),

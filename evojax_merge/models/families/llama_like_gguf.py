@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -212,3 +213,12 @@ def llama_like_gguf(
     fields: dict[str, Any] = {"setting_tensors": (FREQUENCIES,), "config_keys": CONFIG_KEYS, "size_keys": SIZE_KEYS,
               "write_settings": llama_metadata} | options  # fmt: skip
     return Gguf(name, read_settings, **fields)
+
+
+def mixture_gguf(name: str, experts_key: str, weights_sum_to_one: bool | None = None, **options: Any) -> Gguf:
+    """The form of the GGUF files of a Llama with experts (see `mixture_settings`)."""
+    rule: dict[str, Any] = {"experts_key": experts_key, "weights_sum_to_one": weights_sum_to_one}
+    return llama_like_gguf(
+        name, partial(mixture_settings, **rule), has_experts=True, write_settings=partial(mixture_metadata, **rule),
+        **options,
+    )  # fmt: skip

@@ -4,7 +4,7 @@ from functools import partial
 
 from evojax_merge.models.config_keys import SIZE
 from evojax_merge.models.families.llama_like import WINDOW
-from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_metadata, mixture_settings
+from evojax_merge.models.families.llama_like_gguf import mixture_gguf
 from evojax_merge.models.families.mixture import PACKED, expert_leaves, mixture_of_experts, read_mixture
 
 MIXTRAL = mixture_of_experts(
@@ -16,11 +16,5 @@ MIXTRAL = mixture_of_experts(
     # Both the files' and transformers' tensor names contain these; mergekit matches the names.
     {"router": "gate.weight", "mlp": "experts"},
     packed=PACKED | {"model.layers.{layer}.mlp.gate.weight": ("router",)},
-    gguf=llama_like_gguf(
-        "llama",
-        partial(mixture_settings, experts_key="num_local_experts"),
-        has_experts=True,
-        write_settings=partial(mixture_metadata, experts_key="num_local_experts"),
-        interleaved=True,
-    ),
+    gguf=mixture_gguf("llama", "num_local_experts", interleaved=True),
 )

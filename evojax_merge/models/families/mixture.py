@@ -16,7 +16,7 @@ from flax import struct
 
 from evojax_merge.models.architecture import LAYERS, ROUTER, Architecture, LayerType, Leaf
 from evojax_merge.models.config import LlamaLikeConfig
-from evojax_merge.models.config_keys import SIZE, Expected
+from evojax_merge.models.config_keys import SIZE, SWITCH, Expected
 from evojax_merge.models.families import llama_like
 from evojax_merge.models.layers import ACTIVATIONS, Weights, dense, matmul, rms_norm, without_upcast
 from evojax_merge.models.sharding import MODEL_AXIS, cut_at, map_shards, shards_of
@@ -541,7 +541,7 @@ ALL_SPARSE: dict[str, Expected] = {
 # The number of experts has two names in Qwen's configs.
 QWEN_EXPERTS: dict[str, Expected] = ALL_SPARSE | {
     "moe_intermediate_size": SIZE,
-    "norm_topk_prob": Expected(lambda value: isinstance(value, bool), "true or false"),
+    "norm_topk_prob": SWITCH,
     "num_experts": SIZE,
     "num_experts_per_tok": SIZE,
     "num_local_experts": SIZE,

@@ -6,35 +6,27 @@ from typing import Any
 
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import EPSILON, SWITCH
-from evojax_merge.models.families.llama_like import (
-    BIASES,
-    FINAL_NORM_BIAS,
-    LAYER_NORM_FILTERS,
-    LAYER_NORMS,
-    PARTIAL_KEYS,
-    PROJECTIONS,
-    SHARED,
-    llama_like,
-    read_config,
-)
+from evojax_merge.models.families import llama_like
 
 
 def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
     settings = {**hf, "rms_norm_eps": hf["norm_eps"]}
-    return read_config("nemotron", settings, keys=BIASES | {"mlp_bias": "mlp_bias"}, norm="layer", norm_offset=1.0)
+    return llama_like.read_config(
+        "nemotron", settings, keys=llama_like.BIASES | {"mlp_bias": "mlp_bias"}, norm="layer", norm_offset=1.0
+    )
 
 
-NEMOTRON = llama_like(
+NEMOTRON = llama_like.llama_like(
     "nemotron",
     "NemotronConfig",
-    PARTIAL_KEYS | {"attention_bias": SWITCH, "mlp_bias": SWITCH, "norm_eps": EPSILON},
+    llama_like.PARTIAL_KEYS | {"attention_bias": SWITCH, "mlp_bias": SWITCH, "norm_eps": EPSILON},
     read,
     unread="rms_norm_eps",
     leaves=(
-        *LAYER_NORMS,
-        *(leaf for leaf in PROJECTIONS if leaf.name not in ("gate", "gate_bias")),
-        *SHARED,
-        FINAL_NORM_BIAS,
+        *llama_like.LAYER_NORMS,
+        *(leaf for leaf in llama_like.PROJECTIONS if leaf.name not in ("gate", "gate_bias")),
+        *llama_like.SHARED,
+        llama_like.FINAL_NORM_BIAS,
     ),
-    filters=LAYER_NORM_FILTERS,
+    filters=llama_like.LAYER_NORM_FILTERS,
 )

@@ -10,6 +10,7 @@ import jax
 from evojax_merge.models import mamba2
 from evojax_merge.models.architecture import LAYERS, RECURRENCE, LayerType, Leaf
 from evojax_merge.models.config_keys import (
+    ANYTHING,
     EPSILON,
     KERNEL,
     OFF,
@@ -27,7 +28,7 @@ from evojax_merge.models.families import llama_like, mixture
 from evojax_merge.models.families.glm4_moe import correction_leaf, read_gate
 from evojax_merge.models.families.llama_like import read_types
 from evojax_merge.models.families.mixture import Gate, MixtureConfig
-from evojax_merge.models.layers import ACTIVATIONS, Attend, KeyValue, Weights, dense, dense_heads, rms_norm
+from evojax_merge.models.layers import ACTIVATIONS, Attend, KeyValue, Weights, dense, rms_norm
 from evojax_merge.models.mamba2 import Mamba
 from evojax_merge.models.recurrence import Recur
 
@@ -114,8 +115,7 @@ def attention_block(
 ) -> tuple[jax.Array, KeyValue]:
     with jax.named_scope("attention"):
         normed = rms_norm(x, weights["norm"], config.norm_eps)
-        query, key, value = (dense_heads(normed, weights, name, config.head_dim) for name in ("q", "k", "v"))
-        out, kept = attend(query, key, value)
+        out, kept = attend(*llama_like.project_qkv(config, weights, normed, tables))
         return x + dense(out, weights, "o"), kept
 
 
@@ -181,7 +181,6 @@ UNREAD = (
     "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_limit", "time_step_max",
     "use_mamba_kernels",
 )  # fmt: skip
-ANYTHING = Expected(lambda value: True, "any value")
 
 
 def read(hf: Mapping[str, Any]) -> NemotronHConfig:

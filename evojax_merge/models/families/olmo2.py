@@ -5,26 +5,19 @@ from dataclasses import replace
 from functools import partial
 
 from evojax_merge.models.config_keys import SWITCH
-from evojax_merge.models.families.llama_like import (
-    BIASES,
-    INNER_PROJECTIONS,
-    SHARED,
-    llama_like,
-    norm_leaf,
-    read_config,
-)
+from evojax_merge.models.families import llama_like
 
 WHOLE_NORMS = {"q_norm": ("queries",), "k_norm": ("keys",)}
 LEAVES = (
-    norm_leaf("post_attention_norm", "post_attention_layernorm", writes_residual=True),
-    norm_leaf("post_mlp_norm", "post_feedforward_layernorm", writes_residual=True),
-    *(replace(leaf, shape=WHOLE_NORMS.get(leaf.name, leaf.shape)) for leaf in INNER_PROJECTIONS),
-    *SHARED,
+    llama_like.norm_leaf("post_attention_norm", "post_attention_layernorm", writes_residual=True),
+    llama_like.norm_leaf("post_mlp_norm", "post_feedforward_layernorm", writes_residual=True),
+    *(replace(leaf, shape=WHOLE_NORMS.get(leaf.name, leaf.shape)) for leaf in llama_like.INNER_PROJECTIONS),
+    *llama_like.SHARED,
 )
-OLMO2 = llama_like(
+OLMO2 = llama_like.llama_like(
     "olmo2",
     "Olmo2Config",
     {"attention_bias": SWITCH},
-    partial(read_config, "olmo2", keys=BIASES, qk_norm=True, norm="rms_float32"),
+    partial(llama_like.read_config, "olmo2", keys=llama_like.BIASES, qk_norm=True, norm="rms_float32"),
     leaves=LEAVES,
 )

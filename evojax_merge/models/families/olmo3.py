@@ -5,38 +5,28 @@ from typing import Any
 
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import SWITCH, TEXTS, or_null
-from evojax_merge.models.families import olmo2
-from evojax_merge.models.families.llama_like import (
-    BIASES,
-    LOCAL_ROPE,
-    WINDOW,
-    llama_like,
-    local_position_tables,
-    read_config,
-    rope_config,
-    sliding_layers,
-)
+from evojax_merge.models.families import llama_like, olmo2
 
 
 def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
     ropes, head_dim = hf["rope_parameters"], hf["hidden_size"] // hf["num_attention_heads"]
-    return read_config(
-        "olmo3", {**hf, "rope_parameters": ropes["full_attention"]}, LlamaLikeConfig, BIASES, qk_norm=True,
-        norm="rms_float32", position_kinds=sliding_layers(hf),
-        local_rope=rope_config(ropes["sliding_attention"], hf["max_position_embeddings"], head_dim),
+    return llama_like.read_config(
+        "olmo3", {**hf, "rope_parameters": ropes["full_attention"]}, LlamaLikeConfig, llama_like.BIASES, qk_norm=True,
+        norm="rms_float32", position_kinds=llama_like.sliding_layers(hf),
+        local_rope=llama_like.rope_config(ropes["sliding_attention"], hf["max_position_embeddings"], head_dim),
     )  # fmt: skip
 
 
-OLMO3 = llama_like(
+OLMO3 = llama_like.llama_like(
     "olmo3",
     "Olmo3Config",
     {
         "attention_bias": SWITCH,
         "layer_types": or_null(TEXTS),
-        "rope_parameters": LOCAL_ROPE,
-        "sliding_window": WINDOW,
+        "rope_parameters": llama_like.LOCAL_ROPE,
+        "sliding_window": llama_like.WINDOW,
     },
     read,
     leaves=olmo2.LEAVES,
-    position_tables=local_position_tables,
+    position_tables=llama_like.local_position_tables,
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from evojax_merge.models.architecture import LAYERS, Architecture, Leaf
 from evojax_merge.models.config import LlamaLikeConfig
-from evojax_merge.models.config_keys import CONTEXT, DEPTH, SIZE, SWITCH, Expected, one_of, or_null
+from evojax_merge.models.config_keys import ANYTHING, CONTEXT, DEPTH, SIZE, SWITCH, Expected, one_of, or_null
 from evojax_merge.models.families import llama_like
 from evojax_merge.models.families.gpt2 import embed
 from evojax_merge.models.layers import ACTIVATIONS
@@ -53,7 +53,6 @@ def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
 
 
 _ON = Expected(lambda value: value is True, "true")
-_ANYTHING = Expected(lambda value: True, "any value")
 OPT = Architecture(
     model_type="opt",
     config_class="OPTConfig",
@@ -71,9 +70,9 @@ OPT = Architecture(
         "final_norm_bias": "decoder.final_layer_norm.bias", "head": "lm_head",
     },
     keys={
-        "activation_function": one_of(*ACTIVATIONS), "do_layer_norm_before": _ON, "dropout": _ANYTHING,
-        "enable_bias": SWITCH, "ffn_dim": SIZE, "hidden_size": SIZE, "init_std": _ANYTHING,
-        "layer_norm_elementwise_affine": _ON, "layerdrop": _ANYTHING, "max_position_embeddings": CONTEXT,
+        "activation_function": one_of(*ACTIVATIONS), "do_layer_norm_before": _ON, "dropout": ANYTHING,
+        "enable_bias": SWITCH, "ffn_dim": SIZE, "hidden_size": SIZE, "init_std": ANYTHING,
+        "layer_norm_elementwise_affine": _ON, "layerdrop": ANYTHING, "max_position_embeddings": CONTEXT,
         "num_attention_heads": SIZE, "num_hidden_layers": DEPTH, "tie_word_embeddings": SWITCH, "vocab_size": SIZE,
         "word_embed_proj_dim": or_null(SIZE),
     },

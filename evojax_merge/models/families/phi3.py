@@ -12,26 +12,7 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import LAYERS, Leaf
 from evojax_merge.models.config import LlamaLikeConfig, RopeConfig
 from evojax_merge.models.config_keys import CONTEXT, TEXT, Expected, above, is_number, mapping, or_null, whole
-from evojax_merge.models.families.llama_like import (
-    PARTIAL_ROTARY,
-    PROJECTIONS,
-    SHARED,
-    WINDOW,
-    dimensions,
-    llama_like,
-    norm_leaf,
-    read_config,
-    rotary_dimension,
-)
-from evojax_merge.models.families.llama_like_gguf import (
-    COUNT,
-    FACTOR,
-    THETA,
-    common_metadata,
-    common_settings,
-    head_size,
-    llama_like_gguf,
-)
+from evojax_merge.models.families import llama_like, llama_like_gguf
 from evojax_merge.models.gguf import GgufFile, Settings
 
 # In GGUF files: LongRoPE's divisors of the frequencies, beyond the length of the first training and up to it.
@@ -40,12 +21,12 @@ LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.we
 
 _ATTENTION, _MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
 LEAVES = (
-    norm_leaf("attention_norm", "input_layernorm"),
-    norm_leaf("mlp_norm", "post_attention_layernorm"),
+    llama_like.norm_leaf("attention_norm", "input_layernorm"),
+    llama_like.norm_leaf("mlp_norm", "post_attention_layernorm"),
     Leaf("qkv", f"{_ATTENTION}qkv_proj.weight", "attention", ("queries_keys_values", "hidden"), LAYERS, -2),
     Leaf("gate_up", f"{_MLP}gate_up_proj.weight", "mlp", ("gate_up", "hidden"), LAYERS, -2),
-    *(leaf for leaf in PROJECTIONS if leaf.name in ("o", "down")),
-    *SHARED,
+    *(leaf for leaf in llama_like.PROJECTIONS if leaf.name in ("o", "down")),
+    *llama_like.SHARED,
 )
 
 
@@ -63,7 +44,7 @@ ROPE = or_null(
             "factor": or_null(above(0)),
             "long_factor": or_null(_FACTORS),
             "original_max_position_embeddings": or_null(CONTEXT),
-            "partial_rotary_factor": PARTIAL_ROTARY,
+            "partial_rotary_factor": llama_like.PARTIAL_ROTARY,
             "rope_theta": above(1),
             "rope_type": TEXT,
             "short_factor": or_null(_FACTORS),
@@ -76,7 +57,9 @@ ROPE = or_null(
 def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
     settings = {key: value for key, value in hf["rope_parameters"].items() if value is not None}
     kept = {key: settings[key] for key in ("rope_theta", "partial_rotary_factor") if key in settings}
-    config: LlamaLikeConfig = read_config("phi3", {**hf, "rope_parameters": {"rope_type": "default", **kept}})
+    config: LlamaLikeConfig = llama_like.read_config(
+        "phi3", {**hf, "rope_parameters": {"rope_type": "default", **kept}}
+    )
     if settings.get("rope_type", "default") == "default":
         return config
     return replace(config, rope=longrope_config(settings, hf["max_position_embeddings"], config.rotary_dim))
@@ -105,12 +88,11 @@ def longrope_config(settings: Mapping[str, Any], max_position: int, dim: int) ->
 
 
 def gguf_settings(file: GgufFile) -> dict[str, Any]:
-    """The keys of config.json for a GGUF file."""
-    head_dim = head_size(file)
-    return common_settings(file, head_dim, _gguf_rope(file, head_dim)) | {
+    head_dim = llama_like_gguf.head_size(file)
+    return llama_like_gguf.common_settings(file, head_dim, _gguf_rope(file, head_dim)) | {
         "original_max_position_embeddings": _first_length(file),
         # 0 where there is no window.
-        "sliding_window": file.value(".attention.sliding_window", COUNT, 0) or None,
+        "sliding_window": file.value(".attention.sliding_window", llama_like_gguf.COUNT, 0) or None,
     }
 
 
@@ -128,7 +110,7 @@ def _gguf_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
     rotated = file.value(".rope.dimension_count", whole(1, head_dim), head_dim)
     rope: dict[str, Any] = {
         "rope_type": "default",
-        "rope_theta": file.value(".rope.freq_base", THETA, 10000.0),
+        "rope_theta": file.value(".rope.freq_base", llama_like_gguf.THETA, 10000.0),
         "partial_rotary_factor": rotated / head_dim,
     }
     factors = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
@@ -148,17 +130,18 @@ def _gguf_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
     rope |= {key: file.tensors[name].read().tolist() for key, name in factors.items()}
     # A factor that the lengths imply is computed from the lengths: the file's factor is rounded.
     stretched = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original > 1 else 1.0
-    attention = file.value(".rope.scaling.attn_factor", FACTOR, stretched)
+    attention = file.value(".rope.scaling.attn_factor", llama_like_gguf.FACTOR, stretched)
     return rope if math.isclose(attention, stretched, rel_tol=1e-6) else rope | {"attention_factor": attention}
 
 
 def gguf_metadata(values: Mapping[str, Any]) -> Settings:
     """The inverse of `gguf_settings`."""
-    metadata, rope = common_metadata(values), values["rope_parameters"]
+    metadata, rope = llama_like_gguf.common_metadata(values), values["rope_parameters"]
     head_dim, context = metadata[".rope.dimension_count"], values["max_position_embeddings"]
     original = rope.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or context
     metadata |= {
-        ".rope.dimension_count": rotary_dimension(head_dim, rope), ".rope.freq_base": float(rope["rope_theta"]),
+        ".rope.dimension_count": llama_like.rotary_dimension(head_dim, rope),
+        ".rope.freq_base": float(rope["rope_theta"]),
         ".rope.scaling.original_context_length": original,
         ".attention.sliding_window": values.get("sliding_window") or 0,
     }  # fmt: skip
@@ -170,18 +153,23 @@ def gguf_metadata(values: Mapping[str, Any]) -> Settings:
     return metadata, {LONG_FACTORS: np.array(rope["long_factor"]), SHORT_FACTORS: np.array(rope["short_factor"])}
 
 
-PHI3 = llama_like(
+PHI3 = llama_like.llama_like(
     "phi3",
     "Phi3Config",
-    {"partial_rotary_factor": PARTIAL_ROTARY, "rope_parameters": ROPE, "rope_scaling": ROPE, "sliding_window": WINDOW},
+    {
+        "partial_rotary_factor": llama_like.PARTIAL_ROTARY,
+        "rope_parameters": ROPE,
+        "rope_scaling": ROPE,
+        "sliding_window": llama_like.WINDOW,
+    },
     read,
     leaves=LEAVES,
     dimensions=lambda config: {
-        **dimensions(config),
+        **llama_like.dimensions(config),
         "queries_keys_values": (config.heads + 2 * config.kv_heads) * config.head_dim,
         "gate_up": 2 * config.mlp,
     },
-    gguf=llama_like_gguf(
+    gguf=llama_like_gguf.llama_like_gguf(
         "phi3", gguf_settings, setting_tensors=(LONG_FACTORS, SHORT_FACTORS), write_settings=gguf_metadata
     ),
 )

@@ -5,7 +5,7 @@ from functools import partial
 
 from evojax_merge.models.config_keys import SIZE, SWITCH
 from evojax_merge.models.families.llama_like import QWEN_WINDOWS
-from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_metadata, mixture_settings
+from evojax_merge.models.families.llama_like_gguf import mixture_gguf
 from evojax_merge.models.families.mixture import (
     QWEN_EXPERTS,
     SHARED_EXPERT,
@@ -28,10 +28,5 @@ QWEN2_MOE = mixture_of_experts(
     partial(read_mixture, "qwen2_moe", keys=READ),
     # PEFT confuses the shared expert's projections with the experts', which have the same names.
     no_adapter="PEFT cannot tell its shared expert from its experts",
-    gguf=llama_like_gguf(
-        "qwen2moe",
-        partial(mixture_settings, experts_key="num_experts", weights_sum_to_one=False),
-        has_experts=True,
-        write_settings=partial(mixture_metadata, experts_key="num_experts", weights_sum_to_one=False),
-    ),
+    gguf=mixture_gguf("qwen2moe", "num_experts", weights_sum_to_one=False),
 )  # fmt: skip

@@ -4,7 +4,7 @@ from functools import partial
 
 from evojax_merge.models.config_keys import SWITCH
 from evojax_merge.models.families.llama_like import BIASES, QWEN_WINDOWS
-from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_metadata, mixture_settings
+from evojax_merge.models.families.llama_like_gguf import mixture_gguf
 from evojax_merge.models.families.mixture import QWEN_EXPERTS, expert_leaves, mixture_of_experts, read_mixture
 
 QWEN3_MOE = mixture_of_experts(
@@ -15,10 +15,5 @@ QWEN3_MOE = mixture_of_experts(
     | {name: QWEN_WINDOWS[name] for name in ("sliding_window", "use_sliding_window")}
     | {"attention_bias": SWITCH},
     partial(read_mixture, "qwen3_moe", keys=BIASES | {"weights_sum_to_one": "norm_topk_prob"}, qk_norm=True),
-    gguf=llama_like_gguf(
-        "qwen3moe",
-        partial(mixture_settings, experts_key="num_experts", weights_sum_to_one=True),
-        has_experts=True,
-        write_settings=partial(mixture_metadata, experts_key="num_experts", weights_sum_to_one=True),
-    ),
+    gguf=mixture_gguf("qwen3moe", "num_experts", weights_sum_to_one=True),
 )

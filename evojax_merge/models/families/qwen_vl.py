@@ -11,17 +11,12 @@ from typing import Any
 
 from evojax_merge.errors import shown
 from evojax_merge.models.architecture import Architecture
-from evojax_merge.models.config_keys import SWITCH, Expected, mapping, or_null, whole
+from evojax_merge.models.config_keys import SWITCH, Expected, list_of, mapping, or_null, whole
 from evojax_merge.models.families.llama_like import BIASES, QWEN_WINDOWS, ROPE, Config, llama_like, read_config
 
 SECTION = "mrope_section"
-_SIZE = whole(0, 2**16)
-SECTIONS = or_null(
-    Expected(
-        lambda value: isinstance(value, list) and len(value) == 3 and all(map(_SIZE.accepts, value)),
-        "three whole numbers: the frequencies of time, height and width",
-    )
-)
+_WORDS = "three whole numbers: the frequencies of time, height and width"
+SECTIONS = or_null(list_of(whole(0, 2**16), _WORDS, 3))
 # Qwen3-VL's frequencies always take turns, whatever its switch mrope_interleaved says.
 MROPE = or_null(mapping({**ROPE.keys, SECTION: SECTIONS, "mrope_interleaved": or_null(SWITCH)}))
 

@@ -5,14 +5,7 @@ from typing import Any
 
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import SIZE, SWITCH, Expected, or_null
-from evojax_merge.models.families.llama_like import (
-    BIASES,
-    QWEN_WINDOWS,
-    llama_like,
-    read_config,
-    sliding_layers,
-    switched_position_tables,
-)
+from evojax_merge.models.families import llama_like
 
 _FLAGS = Expected(
     lambda value: isinstance(value, list) and all(item in (0, 1) for item in value), "a list of 0 and 1"
@@ -23,17 +16,17 @@ def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
     layers, has_rope = hf["num_hidden_layers"], tuple(map(int, hf["no_rope_layers"]))
     if len(has_rope) < layers:
         raise ValueError(f"no_rope_layers: {len(has_rope)} of them; expected num_hidden_layers, {layers}")
-    if any(sliding_layers(hf)) and not hf["use_sliding_window"]:
+    if any(llama_like.sliding_layers(hf)) and not hf["use_sliding_window"]:
         raise ValueError("layer_types: sliding_attention, while use_sliding_window is false; expected true")
-    return read_config(
-        "smollm3", hf, LlamaLikeConfig, BIASES | {"mlp_bias": "mlp_bias"}, position_kinds=has_rope[:layers]
+    return llama_like.read_config(
+        "smollm3", hf, LlamaLikeConfig, llama_like.BIASES | {"mlp_bias": "mlp_bias"}, position_kinds=has_rope[:layers]
     )  # fmt: skip
 
 
-SMOLLM3 = llama_like(
+SMOLLM3 = llama_like.llama_like(
     "smollm3",
     "SmolLM3Config",
-    QWEN_WINDOWS
+    llama_like.QWEN_WINDOWS
     | {
         "attention_bias": SWITCH,
         "mlp_bias": SWITCH,
@@ -42,5 +35,5 @@ SMOLLM3 = llama_like(
     },
     read,
     defaults={"tie_word_embeddings": True},
-    position_tables=switched_position_tables,
+    position_tables=llama_like.switched_position_tables,
 )

@@ -8,17 +8,7 @@ from typing import Any
 from evojax_merge.models.architecture import LAYERS, Leaf
 from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import EPSILON, SWITCH
-from evojax_merge.models.families.llama_like import (
-    FINAL_NORM_BIAS,
-    LAYER_NORM_FILTERS,
-    LAYER_NORMS,
-    PARTIAL_KEYS,
-    PROJECTIONS,
-    SHARED,
-    dimensions,
-    llama_like,
-    read_config,
-)
+from evojax_merge.models.families import llama_like
 
 
 def _head_norm(name: str, module: str, heads: str) -> Leaf:
@@ -29,17 +19,17 @@ def _head_norm(name: str, module: str, heads: str) -> Leaf:
 
 
 def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
-    return read_config(
+    return llama_like.read_config(
         "stablelm", {**hf, "rms_norm_eps": hf["layer_norm_eps"]},
         keys={"qkv_bias": "use_qkv_bias", "qk_norm": "qk_layernorm", "side_by_side": "use_parallel_residual"},
         norm="layer",
     )  # fmt: skip
 
 
-STABLELM = llama_like(
+STABLELM = llama_like.llama_like(
     "stablelm",
     "StableLmConfig",
-    PARTIAL_KEYS
+    llama_like.PARTIAL_KEYS
     | {"layer_norm_eps": EPSILON, "qk_layernorm": SWITCH, "use_parallel_residual": SWITCH, "use_qkv_bias": SWITCH},
     read,
     unread="rms_norm_eps",
@@ -47,15 +37,15 @@ STABLELM = llama_like(
         *(
             # Side by side, attention and MLP share a norm.
             replace(leaf, present_if=lambda c: not c.side_by_side) if leaf.name.startswith("mlp_norm") else leaf
-            for leaf in LAYER_NORMS
+            for leaf in llama_like.LAYER_NORMS
         ),
-        *(leaf for leaf in PROJECTIONS if leaf.name not in ("q_norm", "k_norm")),
+        *(leaf for leaf in llama_like.PROJECTIONS if leaf.name not in ("q_norm", "k_norm")),
         _head_norm("q_norm", "q_layernorm", "heads"),
         _head_norm("k_norm", "k_layernorm", "kv_heads"),
-        *SHARED,
-        FINAL_NORM_BIAS,
+        *llama_like.SHARED,
+        llama_like.FINAL_NORM_BIAS,
     ),
-    dimensions=lambda config: dimensions(config) | {"heads": config.heads, "kv_heads": config.kv_heads},
+    dimensions=lambda config: llama_like.dimensions(config) | {"heads": config.heads, "kv_heads": config.kv_heads},
     # The names of some norms in attention contain `layernorm`, too.
-    filters=LAYER_NORM_FILTERS,
+    filters=llama_like.LAYER_NORM_FILTERS,
 )

@@ -9,14 +9,7 @@ from flax import struct
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
-from evojax_merge.search.fronts import (
-    check_objectives,
-    crowded_order,
-    front_metrics,
-    front_of,
-    objectives_of,
-    worst_of,
-)
+from evojax_merge.search.fronts import check_objectives, crowded_order, front_metrics, front_of, objectives_of, worst_of
 from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.registry import DrawingStrategy, StrategySettings, generator

@@ -15,10 +15,9 @@ import numpy as np
 from flax import struct
 
 from evojax_merge.evaluation.scores import Scores
-from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.evosax import losses
-from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.search.strategies.registry import DrawingStrategy, StrategySettings
 
 # The phases of a swarm, in the order in which they follow each other.
 EXPLORATION, EXPLOITATION, CONVERGENCE, JUMPING_OUT = range(4)
@@ -95,21 +94,16 @@ def adapted_coefficients(rate: jax.Array, phase: jax.Array, coefficients: jax.Ar
 
 
 @dataclass(frozen=True)
-class Swarm:
-    """dims: D; population: P; range: the genes of the bounds, between which particles move."""
-
-    dims: int
-    population: int
-    range: tuple[float, float]
+class Swarm(DrawingStrategy):
+    """Particles that move between the bounds."""
 
     name = "pso"
-    capabilities = Capabilities()
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> SwarmState:
         """The start, and a Latin hypercube between the bounds, with random velocities."""
         strata, within, speeds = jax.random.split(key, 3)
-        low, high = self.range
-        shape = (self.population, self.dims)
+        low, high = self.settings.range
+        shape = (self.population, self.settings.dims)
         cells = jax.random.permutation(
             strata, jnp.broadcast_to(jnp.arange(self.population)[:, None], shape), axis=0, independent=True
         )
@@ -129,7 +123,7 @@ class Swarm:
     def ask(self, key: jax.Array, state: SwarmState) -> tuple[jax.Array, SwarmState]:
         if not int(state.generation):
             return state.places, state
-        moved = _move(self.range, key, state)
+        moved = _move(self.settings.range, key, state)
         return moved.places, moved
 
     def tell(self, key: jax.Array, state: SwarmState, genomes: jax.Array, scores: Scores) -> SwarmState:
@@ -207,5 +201,4 @@ def _learn(key: jax.Array, state: SwarmState, places: jax.Array, loss: jax.Array
 def pso(settings: StrategySettings) -> Swarm:
     """Particle swarm optimisation between the bounds, whose coefficients follow the swarm's phase (Zhan et al., 2009);
     begins with a Latin hypercube, whatever sigma is."""
-    population = settings.population or 2 * default_population(settings.dims)
-    return Swarm(settings.dims, population, settings.range)
+    return Swarm(settings, settings.population or 2 * default_population(settings.dims))

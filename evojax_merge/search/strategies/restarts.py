@@ -19,7 +19,7 @@ from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import check_full_covariance, cma_algorithm, cma_params, default_population
 from evojax_merge.search.strategies.evosax import inject_steps, losses, strongly_typed
-from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.search.strategies.registry import DrawingStrategy, StrategySettings
 
 # The largest population, in units of the first one: five doublings.
 MAX_MULTIPLE = 32
@@ -62,15 +62,11 @@ class RestartState:
 
 
 @dataclass(frozen=True)
-class RestartedCMAES:
-    """dims: D; population: P; sigma: the first standard deviation; range: the genes between which restarts begin;
-    small_runs: whether runs of small populations take turns with those of doubled ones (BIPOP)."""
+class RestartedCMAES(DrawingStrategy):
+    """Restarts begin between the bounds. small_runs: whether runs of small populations take turns with those of doubled
+    ones (BIPOP)."""
 
     name: str
-    dims: int
-    population: int
-    sigma: float
-    range: tuple[float, float]
     small_runs: bool
 
     capabilities = Capabilities(takes_injected=True)
@@ -79,10 +75,10 @@ class RestartedCMAES:
         start = jnp.asarray(genomes[0])
         room, zero = MAX_MULTIPLE * self.population, jnp.int32(0)
         return RestartState(
-            run=self._begin(key, start, self.sigma),
+            run=self._begin(key, start, self.settings.sigma),
             multiple=jnp.int32(1),
-            sigma=jnp.float32(self.sigma),
-            genomes=jnp.zeros((room, self.dims)),
+            sigma=jnp.float32(self.settings.sigma),
+            genomes=jnp.zeros((room, self.settings.dims)),
             losses=jnp.full(room, jnp.nan, jnp.float32),
             collected=zero,
             best_losses=jnp.full(self._window(1), jnp.nan, jnp.float32),
@@ -133,11 +129,11 @@ class RestartedCMAES:
 
     def _window(self, multiple: int) -> int:
         """The number of populations whose best losses must be alike for a run to end (pycma's)."""
-        return int(10 + np.ceil(30 * self.dims / (multiple * self.population)))
+        return int(10 + np.ceil(30 * self.settings.dims / (multiple * self.population)))
 
     def _algorithm(self, multiple: int) -> tuple[Any, Any]:
         """evosax's algorithm for a population of so many times P, and its parameters."""
-        size = self.dims, multiple * self.population
+        size = self.settings.dims, multiple * self.population
         return cma_algorithm("CMA_ES", *size), cma_params("CMA_ES", *size)
 
     def _begin(self, key: jax.Array, mean: jax.Array, sigma: float) -> Any:
@@ -164,7 +160,7 @@ class RestartedCMAES:
         axes = np.asarray(run.D, np.float64)
         step = float(run.std) * axes.max()
         # NaN compares false: a run with NaN in its state ends as well.
-        if not STEP_SHRUNK * self.sigma < step < STEP_GROWN * float(state.sigma):
+        if not STEP_SHRUNK * self.settings.sigma < step < STEP_GROWN * float(state.sigma):
             return True
         if not axes.max() <= AXES_RATIO * axes.min():
             return True
@@ -176,7 +172,7 @@ class RestartedCMAES:
         (Hansen, 2009): the same, or, where small runs have taken fewer generations, a small run with random sigma and
         population, for at most half of the generations of the large runs."""
         place, size, step = jax.random.split(jax.random.fold_in(key, 1), 3)
-        large, sigma, limit = int(state.large), self.sigma, 0
+        large, sigma, limit = int(state.large), self.settings.sigma, 0
         spent_large, spent_small = (int(spent) for spent in state.spent)
         if self.small_runs and spent_small < spent_large and int(state.restarts) > 0:
             exponent = float(jax.random.uniform(size)) ** 2
@@ -186,7 +182,8 @@ class RestartedCMAES:
         else:
             multiple = large = min(2 * large, MAX_MULTIPLE)
         best = jnp.asarray(state.run.best_fitness)
-        mean = jax.random.uniform(place, (self.dims,), minval=self.range[0], maxval=self.range[1])
+        low, high = self.settings.range
+        mean = jax.random.uniform(place, (self.settings.dims,), minval=low, maxval=high)
         return state.replace(  # type: ignore[attr-defined]
             run=self._begin(key, mean, sigma),
             multiple=jnp.int32(multiple),
@@ -210,7 +207,7 @@ def _restarted(name: str, settings: StrategySettings, small_runs: bool) -> Resta
             settings.where, f"population: {population:,}; {name}, which makes it up to {MAX_MULTIPLE} times as large, "
             f"takes {most:,} at most in {settings.dims:,} dimensions",
         )  # fmt: skip
-    return RestartedCMAES(name, settings.dims, population, settings.sigma, settings.range, small_runs)
+    return RestartedCMAES(settings, population, name, small_runs)
 
 
 def ipop_cma_es(settings: StrategySettings) -> RestartedCMAES:

@@ -12,7 +12,7 @@ from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import check_full_covariance, default_population
 from evojax_merge.search.strategies.evosax import inject_steps, losses
-from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.search.strategies.registry import DrawingStrategy, StrategySettings
 
 
 @struct.dataclass
@@ -27,12 +27,8 @@ class NaturalState:
 
 
 @dataclass(frozen=True)
-class XNES:
-    """xNES with its usual learning rates and utilities. dims: D; population: P."""
-
-    dims: int
-    population: int
-    sigma: float
+class XNES(DrawingStrategy):
+    """xNES with its usual learning rates and utilities."""
 
     name = "xnes"
     capabilities = Capabilities(takes_injected=True)
@@ -41,9 +37,9 @@ class XNES:
     def init(self, key: jax.Array, genomes: np.ndarray) -> NaturalState:
         return NaturalState(
             mean=jnp.asarray(genomes[0]),
-            std=jnp.float32(self.sigma),
-            shape=jnp.eye(self.dims),
-            z=jnp.zeros((self.population, self.dims)),
+            std=jnp.float32(self.settings.sigma),
+            shape=jnp.eye(self.settings.dims),
+            z=jnp.zeros((self.population, self.settings.dims)),
         )
 
     def ask(self, key: jax.Array, state: NaturalState) -> tuple[jax.Array, NaturalState]:
@@ -90,4 +86,4 @@ def xnes(settings: StrategySettings) -> XNES:
     """Exponential natural evolution strategy (Glasmachers et al., 2010): follows the natural gradient of the expected
     fitness, with a full covariance; up to 512 dimensions."""
     check_full_covariance("xnes", settings)
-    return XNES(settings.dims, settings.population or default_population(settings.dims), settings.sigma)
+    return XNES(settings, settings.population or default_population(settings.dims))

@@ -18,17 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_kernels.method import (
-    CombineInputs,
-    Method,
-    Options,
-    Parameter,
-    Prepared,
-    PrepareInputs,
-    constant,
-    vector_dtype,
-    widest,
-)
+from merge_kernels.method import CombineInputs, Method, Options, Parameter, Prepared, PrepareInputs, constant
 from merge_kernels.purified import WEIGHT
 from merge_kernels.registry import register
 from merge_kernels.sums import sum_over
@@ -46,10 +36,6 @@ def _parents(options: Options, inputs: PrepareInputs) -> np.ndarray:
     """The parents, or their task vectors where there is a base: float64[K, …]."""
     first, *others = (np.asarray(x, np.float64) for x in inputs.sources)
     return np.stack([x - first for x in others]) if options.has_base else np.stack([first, *others])
-
-
-def _vectors(inputs: PrepareInputs, vectors: np.ndarray) -> Prepared:
-    return Prepared(tuple(vectors.astype(vector_dtype(widest(x.dtype for x in inputs.sources)))), {})
 
 
 def _damped(covariances: np.ndarray) -> np.ndarray:
@@ -80,7 +66,7 @@ def _prepare_regmean(options: Options, inputs: PrepareInputs) -> Prepared:
             total = covariances.sum(axis=0)
             products = parents @ covariances
             corrections = np.linalg.solve(total, products.swapaxes(1, 2)).swapaxes(1, 2) - parents / len(parents)
-    return _vectors(inputs, corrections)
+    return Prepared(inputs.stored(corrections), {})
 
 
 def _combine_regmean(options: Options, inputs: CombineInputs) -> jax.Array:
@@ -105,7 +91,7 @@ def _prepare_fisher(options: Options, inputs: PrepareInputs) -> Prepared:
         mean = stacked.mean()
         if np.isfinite(mean) and mean > 0:
             information = stacked / mean + FLOOR
-    return _vectors(inputs, information)
+    return Prepared(inputs.stored(information), {})
 
 
 def _combine_fisher(options: Options, inputs: CombineInputs) -> jax.Array:

@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from merge_kernels.method import Numbers, constant
-from merge_kernels.purified import LAMBDA, orthogonalise, register_purified, thin_svd
+from merge_kernels.method import LAMBDA, Numbers, constant
+from merge_kernels.purified import orthogonalise, register_purified, thin_svd
 
 RANK_SHARE = constant("rank_share", 1.0, 0.1, 1.0, valid_min=0.001, valid_max=1.0)
 COMMON_SHARE = constant("common_share", 0.8, 0.1, 0.9, valid_max=1.0)

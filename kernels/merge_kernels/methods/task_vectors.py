@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_kernels.method import (
+    LAMBDA,
     WEIGHT,
     CombineInputs,
     Method,
@@ -249,7 +250,6 @@ def elected_sum(weighted: Weighted, weight: jax.Array, normalize: bool) -> jax.A
 # The methods
 
 
-LAMBDA = Parameter("lambda", per_parent=False, default=1.0, low=0.0, high=2.0)
 DENSITY = Parameter(
     "density", per_parent=True, default=1.0, low=0.0, high=1.0, valid_min=0.0, valid_max=1.0, quantised=True
 )
