@@ -64,9 +64,11 @@ def _check(where: str, hint: Any, value: Any) -> None:
             )  # fmt: skip
 
 
-def check_call(where: str, function: Callable[..., Any], names: Sequence[str]) -> None:
+def check_call(
+    where: str, function: Callable[..., Any], names: Sequence[str], named: str = "", caller: str = "it is called"
+) -> None:
     """Raise InputError where a function cannot be called with as many positional arguments as `names`, which are their
-    names."""
+    names. named, caller: the function, and who calls it, in the message."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -74,7 +76,7 @@ def check_call(where: str, function: Callable[..., Any], names: Sequence[str]) -
     try:
         signature.bind(*names)
     except TypeError:
-        raise InputError(where, f"takes {signature}; it is called with ({', '.join(names)})") from None
+        raise InputError(where, f"{named} takes {signature}; {caller} with ({', '.join(names)})".lstrip()) from None
 
 
 @cache

@@ -28,7 +28,7 @@ from evojax_merge.tasks.networks import (
 from evojax_merge.tasks.prompts import Example, PromptConfig, joined
 from evojax_merge.tasks.records import is_file_name
 from evojax_merge.tasks.task import Derivative, Opening, Responses, TaskKind, TaskRequests
-from evojax_merge.tasks.templates import check_names_field, named_fields
+from evojax_merge.tasks.templates import named_fields
 from evojax_merge.tasks.text import (
     PromptedTask,
     check_texts,
@@ -156,9 +156,7 @@ def open_entropy(config: EntropyConfig, opening: Opening) -> EntropyTask | Netwo
             **{key: getattr(config, key) for key in ("name", "file", "weight", "images", "image", "text")},
         }  # fmt: skip
         return open_network(ClassificationConfig.model_construct(**keys), opening)
-    check_texts(opening.where, config, ())
-    if config.messages is None:
-        check_names_field(f"{opening.where}.prompt", config.prompt, refuse=True)
+    check_texts(opening.where, config, {"prompt": True})
     task = open_prompted(
         EntropyTask, config, opening, "exact_match", NEGATIVE_ENTROPY, has_targets=False, positions=config.positions
     )

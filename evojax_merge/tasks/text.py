@@ -12,6 +12,7 @@ from decimal import Decimal
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -287,11 +288,8 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
     sampling = config.sampling(opening.seed)
     if sampling.reduction != "mean" and metric != "accuracy":
         raise InputError(f"{where}.over_samples", f"{sampling.reduction} goes with metric: accuracy; expected mean")
-    check_texts(where, config, config.stop)
-    if config.prompt and config.messages is None:
-        check_names_field(f"{where}.prompt", config.prompt, refuse=kind == "exact_match")
-    if kind != "multiple_choice" and config.messages is None:
-        check_names_field(f"{where}.target", config.target, refuse=False)
+    named = {"prompt": kind == "exact_match"} if config.prompt else {}
+    check_texts(where, config, named | ({} if kind == "multiple_choice" else {"target": False}))
     task = open_prompted(
         TextTask, config, opening, kind, sampling.metric(metric), records=(), pattern=config.pattern, sampling=sampling,
         stop_pattern=config.stop_pattern(where, config.pattern),
@@ -336,13 +334,17 @@ def cut_target(where: str, pattern: str, answer: str, place: str, target: str) -
     )  # fmt: skip
 
 
-def check_texts(where: str, config: PromptConfig, stop: Sequence[str]) -> None:
-    """Raises InputError for an invalid template, and for an empty text that would end all outputs."""
+def check_texts(where: str, config: Any, named: Mapping[str, bool] = MappingProxyType({})) -> None:
+    """Raises InputError for an invalid template, and for an empty text that would end all outputs. config: as in
+    `open_prompted`; named: the templates that should name a field of the records -> whether those without are refused,
+    or are a warning."""
     for key, template in (("prompt", config.prompt), ("target", config.target)):
         check_template(f"{where}.{key}", template)
     for template in templates_of(config.choices) if isinstance(config, TextConfig) else ():
         check_template(f"{where}.choices", template)
-    check_stop(where, stop)
+    check_stop(where, config.stop)
+    for key, refuse in named.items() if config.messages is None else ():
+        check_names_field(f"{where}.{key}", getattr(config, key), refuse)
 
 
 def open_prompted(
