@@ -32,10 +32,11 @@ _WORDS = {
 }
 
 
-def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], where: str = "") -> None:
     """Raise InputError, which names the argument, for a value that is not of the argument's annotated type: True is no
-    number, and a text no list. arguments: the function's arguments by name; further names are ignored."""
-    where = function.__qualname__.removesuffix(".__init__")
+    number, and a text no list. arguments: the function's arguments by name; further names are ignored. where: the
+    function in messages, by default its own name."""
+    where = where or function.__qualname__.removesuffix(".__init__")
     for name, hint in _hints(function).items():
         _check(f"{where}: {name}", hint, arguments[name])
 
