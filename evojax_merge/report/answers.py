@@ -80,10 +80,8 @@ def read_answers(run: RunData) -> list[TaskPairs] | None:
         return None
     ours = by_model.pop(result.winner.name, {})
     theirs = [(task, parent, rows) for parent, tasks in by_model.items() for task, rows in tasks.items()]
-    counts, their_counts = (
-        {task: len(rows) for task, rows in ours.items()},
-        {task: len(rows) for task, _, rows in theirs},
-    )
+    counts = {task: len(rows) for task, rows in ours.items()}
+    their_counts = {task: len(rows) for task, _, rows in theirs}
     if not counts or counts != their_counts or len(theirs) > len(counts):
         run.notes.append(f"{file.name} cannot be read: the models' examples differ")
         return None

@@ -388,11 +388,8 @@ def verdict(winner: Row, row: Row, data: str = "On held-out data the") -> str | 
     """The sentence about the winner and a rival; see `Result.verdicts`. data: its start."""
     lead, name, ours, unit = row.lead, _named(row), winner.fitness, winner.units.get("fitness", "")
     if not np.isfinite(ours):
-        return (
-            None
-            if not np.isfinite(row.fitness)
-            else f"{data} winner has no finite score; {name} has {row.fitness:.4f}."
-        )
+        failed = f"{data} winner has no finite score; {name} has {row.fitness:.4f}."
+        return failed if np.isfinite(row.fitness) else None
     start, remark = f"{data} winner is", "" if lead is None else lead.remark
     if remark == SAME:
         return f"{start} the same as {name}, example by example: both have {ours:.4f}{_bracketed(unit)}."

@@ -71,6 +71,8 @@ SMALL_PROGRAMS, SECONDS_PER_PROGRAM = 45, 0.1
 PROCESS_BYTES = 700 * 10**6
 # The generations of a search that the clock ends, for the room that its history needs on the disk.
 TIMED_GENERATIONS = 10_000
+# The fields of a pass that add up over passes that are alike.
+SUMMED = ("runs", "flops", "moved_bytes", "sent_bytes", "seconds")
 
 
 @dataclass(frozen=True)
@@ -406,22 +408,16 @@ def _rows(passes: Sequence[SizedPass], target: Target, model: int) -> tuple[Pass
     rows: dict[tuple[Any, ...], PassPlan] = {}
     for sized in passes:
         item = sized.planned
-        cost, key = (
-            item.cost(target),
-            (item.task, item.name, item.candidates, item.held_bytes, str(item.traced.out_info)),
-        )
-        report = sized.report
+        cost, report = item.cost(target), sized.report
+        key = (item.task, item.name, item.candidates, item.held_bytes, str(item.traced.out_info))
         fresh = PassPlan(
             item.task, item.name, item.candidates, item.runs, item.steps, sized.held_bytes, sized.temporary_bytes,
             None if report is None else report.temporary_bytes, None if report is None else report.collectives,
             cost.flops, cost.nbytes, cost.sent_bytes, cost.seconds(target, model),
         )  # fmt: skip
         earlier = rows.get(key)
-        rows[key] = fresh if earlier is None else replace(
-            earlier, runs=earlier.runs + fresh.runs, flops=earlier.flops + fresh.flops,
-            moved_bytes=earlier.moved_bytes + fresh.moved_bytes,
-            sent_bytes=earlier.sent_bytes + fresh.sent_bytes, seconds=earlier.seconds + fresh.seconds,
-        )  # fmt: skip
+        summed = {name: getattr(earlier, name) + getattr(fresh, name) for name in SUMMED if earlier is not None}
+        rows[key] = fresh if earlier is None else replace(earlier, **summed)
     return tuple(rows.values())
 
 

@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, Field
 
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.schema.section import Name, Text, Whole
+from evojax_merge.tasks import templates
 from evojax_merge.tasks.answers import check_attainable, check_room, dropped_tokens, extract_answer, same_answer
 from evojax_merge.tasks.choices import ChoiceTemplates, brief, choice_fields, read_choices, right_choice, templates_of
 from evojax_merge.tasks.images import RecordImage, expand_images, number_images, read_images
@@ -47,18 +48,6 @@ from evojax_merge.tasks.task import (
     TaskKind,
     TaskRequests,
     brevity,
-)
-from evojax_merge.tasks.templates import (
-    check_names_field,
-    check_stop,
-    check_template,
-    field_path,
-    fields_of_any,
-    fill,
-    fill_prompt,
-    look_up,
-    named_fields,
-    only_field,
 )
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
@@ -339,12 +328,12 @@ def check_texts(where: str, config: Any, named: Mapping[str, bool] = MappingProx
     `open_prompted`; named: the templates that should name a field of the records -> whether those without are refused,
     or are a warning."""
     for key, template in (("prompt", config.prompt), ("target", config.target)):
-        check_template(f"{where}.{key}", template)
+        templates.check_template(f"{where}.{key}", template)
     for template in templates_of(config.choices) if isinstance(config, TextConfig) else ():
-        check_template(f"{where}.choices", template)
-    check_stop(where, config.stop)
+        templates.check_template(f"{where}.choices", template)
+    templates.check_stop(where, config.stop)
     for key, refuse in named.items() if config.messages is None else ():
-        check_names_field(f"{where}.{key}", getattr(config, key), refuse)
+        templates.check_names_field(f"{where}.{key}", getattr(config, key), refuse)
 
 
 def open_prompted(
@@ -410,7 +399,7 @@ def read_examples(
     """The examples of a source's records. section: the config in messages; folder: of images, by default the source's;
     has_targets: see `open_prompted`. Raises InputError with the place of the first record that does not fit."""
     folder = folder or source.files[0].parent
-    fields = fields_of_any(config.prompt, [record.fields for record in source.records])
+    fields = templates.fields_of_any(config.prompt, [record.fields for record in source.records])
     return [_example(record, kind, config, section, folder, has_targets, fields) for record in source.records]
 
 
@@ -422,10 +411,11 @@ def _example(
     # A placeholder that is never read.
     template = config.target if has_target else NO_TARGET
     chosen_by = {*choice_fields(config.choices), config.answer} if isinstance(config, TextConfig) else set()
-    images = read_images(record, folder, {*named_fields(config.prompt), *named_fields(template), *chosen_by})
+    named = templates.named_fields(config.prompt) | templates.named_fields(template)
+    images = read_images(record, folder, named | chosen_by)
     turns, of_turns = list[Turn](), " + ".join(config.turns)
     if not of_turns:
-        prompt = fill_prompt(where, f"{section}.prompt", config.prompt, record.fields, fields)
+        prompt = templates.fill_prompt(where, f"{section}.prompt", config.prompt, record.fields, fields)
         before = "" if is_chat else prompt
     else:
         prompt = before = ""
@@ -453,10 +443,10 @@ def _example(
             if turns and template == "{target}" and "target" not in record.fields:
                 what = f"{of_turns}: ends with a turn of the role {brief(turns[-1]['role'])}"
                 raise InputError(where, f"{what}; expected the assistant's, which is scored, or {section}.target")
-            key, path = f"{section}.target", only_field(template)
-            value = look_up(where, key, path, record.fields) if config.takes_json and path is not None else ""
+            key, path = f"{section}.target", templates.only_field(template)
+            value = templates.look_up(where, key, path, record.fields) if config.takes_json and path is not None else ""
             if isinstance(value, str):
-                target = fill(where, key, template, record.fields)
+                target = templates.fill(where, key, template, record.fields)
             else:
                 target = json.dumps(value, ensure_ascii=False, default=str)
         # White space as an answer is never found; as a target it can be predicted.
@@ -468,7 +458,8 @@ def _example(
         raise InputError(where, what)
     assert isinstance(config, TextConfig)
     choices, labels = read_choices(where, f"{section}.choices", config.choices, record.fields)
-    answer = look_up(where, f"{section}.answer", field_path(config.answer, record.fields), record.fields)
+    path = templates.field_path(config.answer, record.fields)
+    answer = templates.look_up(where, f"{section}.answer", path, record.fields)
     chosen = right_choice(where, config.answer, answer, choices, labels)
     return Example(prompt, tuple(map(answer_text, choices)), chosen, *place, tuple(choices), tuple(turns), images)
 
