@@ -175,14 +175,10 @@ class Result:
         dtypes = ""
         if self.compute_dtype != self.search_compute_dtype:
             dtypes = f" (computed in {self.compute_dtype}, the generations in {self.search_compute_dtype})"
-        if self.validation is None:
-            return (
-                f"{chosen_on('search')}: there it scored {search_fitness:.4f}{unit}, the {label} {searched:.4f}"
-                f"{dtypes}.{unbeaten}"
-            )
+        searched_on = f"; on the search split {search_fitness:.4f}, the {label} {searched:.4f}"
         return (
-            f"{chosen_on('validation')}: there it scored {winner:.4f}{unit}, the {label} {baseline:.4f}; on the search "
-            f"split {search_fitness:.4f}, the {label} {searched:.4f}{dtypes}.{unbeaten}"
+            f"{chosen_on(self.split)}: there it scored {winner:.4f}{unit}, the {label} {baseline:.4f}"
+            f"{'' if self.validation is None else searched_on}{dtypes}.{unbeaten}"
         )
 
     @property

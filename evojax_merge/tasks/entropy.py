@@ -7,7 +7,7 @@ entropy over unlabelled examples along a weight for each layer and parent.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from evojax_merge.tasks.records import is_file_name
 from evojax_merge.tasks.task import Derivative, Opening, Responses, TaskKind, TaskRequests
 from evojax_merge.tasks.templates import named_fields
 from evojax_merge.tasks.text import (
+    P,
     PromptedTask,
     check_texts,
     likelihood_rows,
@@ -37,7 +38,6 @@ from evojax_merge.tasks.text import (
     prompt_rows,
 )
 
-P = TypeVar("P", bound=PromptedTask)
 Choices = Annotated[
     Name | Annotated[list[Text], Field(min_length=2, max_length=1000)],
     Form("a list of two or more texts, or the name of a field", "texts, or a field"),

@@ -114,18 +114,15 @@ def data_warnings(where: str, tasks: Sequence[TaskConfig], splits: Splits[list[T
             lines += repeated(task, search, *kept_back) + repeated(f"{task}.heldout", held)
         else:
             lines += repeated(task, search, *kept_back, held)
-        shared = [place for key, place in held.contents() if key in searched | chosen_on]
-        if shared:
-            lines.append(
-                f"{task}.heldout: {len(shared)} of the {held.size} held-out examples are among those that are searched "
-                f"on ({_places(shared)}); on them the held-out scores show nothing new"
-            )
-        for part in kept_back:
-            shared = [place for key, place in part.contents() if key in searched]
+        parts = [(f"{task}.heldout", held, "held-out", searched | chosen_on, "the held-out scores show nothing new")]
+        follows = "the choice of the winner goes by what was searched on"
+        parts += [(task, part, "validation", searched, follows) for part in kept_back]
+        for place, part, name, keys, follows in parts:
+            shared = [at for key, at in part.contents() if key in keys]
             if shared:
                 lines.append(
-                    f"{task}: {len(shared)} of the {part.size} validation examples are among those that are searched "
-                    f"on ({_places(shared)}); on them the choice of the winner goes by what was searched on"
+                    f"{place}: {len(shared)} of the {part.size} {name} examples are among those that are searched on "
+                    f"({_places(shared)}); on them {follows}"
                 )
     return lines
 

@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.schema.section import Name, Text, Whole
 from evojax_merge.tasks import templates
-from evojax_merge.tasks.answers import check_attainable, check_room, dropped_tokens, extract_answer, same_answer
+from evojax_merge.tasks.answers import check_answerable, extract_answer, same_answer
 from evojax_merge.tasks.choices import ChoiceTemplates, brief, choice_fields, read_choices, right_choice, templates_of
 from evojax_merge.tasks.images import RecordImage, expand_images, number_images, read_images
 from evojax_merge.tasks.patterns import PROBED, check_pattern
@@ -128,15 +128,13 @@ class PromptedTask(TaskDefaults):
         if self.kind == "exact_match":
             targets = [target for example in self.examples for target in example.targets]
             tokens = tokenizer(targets, add_special_tokens=False)["input_ids"]
-            longest, dropped = max(map(len, tokens)), dropped_tokens(tokenizer, {*chain(*tokens)})
             wanted = [(self.where(example), self.wanted(n)) for n, example in enumerate(self.examples)]
-            check_attainable(self.name, wanted, dropped, self.stop)
-            check_room(self.name, wanted, tokenizer, self.max_new_tokens)
+            check_answerable(self.name, wanted, tokenizer, {*chain(*tokens)}, self.stop, self.max_new_tokens)
             rows = self.sampling.rows(prompt_rows(self, tokenizer))
             # An answer like its target, and the token that ends it.
             return TaskRequests(
-                (), rows, self.max_new_tokens, self.stop, expected_tokens=longest + 1, sampler=self.sampling.sampler,
-                counts_tokens=self.metric == "length", answer=self.stop_pattern,
+                (), rows, self.max_new_tokens, self.stop, expected_tokens=max(map(len, tokens)) + 1,
+                sampler=self.sampling.sampler, counts_tokens=self.metric == "length", answer=self.stop_pattern,
             )  # fmt: skip
         return TaskRequests(tuple(likelihood_rows(self, tokenizer)))
 
