@@ -29,7 +29,7 @@ from evojax_merge.problem import build_problem
 from evojax_merge.search.fronts import front_of, hypervolume
 from evojax_merge.search.recording import Reporter, Storage
 from evojax_merge.spaces.bounds import from_unit
-from evojax_merge.zoo.arithmetic import ENGLISH, PACKAGED_SEED, PLAN, save_records, split_hard_sums
+from evojax_merge.zoo.arithmetic import ENGLISH, PACKAGED_SEED, PLAN, save_sums, split_hard_sums
 
 # The scores of each strategy's candidates: float64[E, T], in the order of their evaluation.
 Search = Callable[[Experiment, int, int, int], np.ndarray]
@@ -41,7 +41,7 @@ def write_config(folder: Path, examples: int) -> Path:
     """The quickstart with a second task, sums in English, and so many examples of each to search on."""
     _, search, heldout = split_hard_sums(PACKAGED_SEED, PLAN)
     for name, sums in (("search", search), ("heldout", heldout)):
-        save_records(folder / f"english-{name}.jsonl", sums, ENGLISH)
+        save_sums(folder / f"english-{name}.jsonl", sums, ENGLISH)
     document = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text(encoding="utf-8"))
     japanese = document["tasks"][0] | {"limit": examples}
     english = {"name": "english_sums", "file": "english-search.jsonl", "heldout": "english-heldout.jsonl"}

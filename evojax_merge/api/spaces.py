@@ -263,39 +263,31 @@ class MergeSpace(Space):
         }  # fmt: skip
 
 
-class LayerPathSpace(Space):
+class _SectionSpace(Space):
+    """A space that the section `method` of a config describes, by its keys."""
+
+    def __init__(self, models: Models, **keys: Any) -> None:
+        check_arguments(_SectionSpace.__init__, locals(), type(self).__name__)
+        plugins.load()
+        self.models = models
+        self._open({self.method: keys})
+
+
+class LayerPathSpace(_SectionSpace):
     """Paths through the layers of all parents. keys: the keys of a config's `data_flow`, such as `form` and `moves`."""
 
     method = "data_flow"
 
-    def __init__(self, models: Models, **keys: Any) -> None:
-        check_arguments(LayerPathSpace.__init__, locals())
-        plugins.load()
-        self.models = models
-        self._open({"data_flow": keys})
 
-
-class MixtureSpace(Space):
+class MixtureSpace(_SectionSpace):
     """Mixtures of experts out of the parents' MLPs. keys: the keys of a config's `mixture`, such as
     `positive_prompts`."""
 
     method = "mixture"
 
-    def __init__(self, models: Models, **keys: Any) -> None:
-        check_arguments(MixtureSpace.__init__, locals())
-        plugins.load()
-        self.models = models
-        self._open({"mixture": keys})
 
-
-class PoolSpace(Space):
+class PoolSpace(_SectionSpace):
     """Members of a pool of models that breed, the parents and merges of two members each. keys: the keys of a config's
     `pool`, such as `methods` and `size`."""
 
     method = "pool"
-
-    def __init__(self, models: Models, **keys: Any) -> None:
-        check_arguments(PoolSpace.__init__, locals())
-        plugins.load()
-        self.models = models
-        self._open({"pool": keys})

@@ -14,16 +14,7 @@ from evojax_merge import plugins
 from evojax_merge.backends.backend import Backend
 from evojax_merge.backends.registry import find_backend
 from evojax_merge.checkpoints.writer import CARD, MAX_SHARD_BYTES, check_new_model, check_output
-from evojax_merge.commands.merge import (
-    MergeOptions,
-    card_of_merge,
-    check_new_output,
-    local_inputs,
-    parts_of_runs,
-    planned_dtype,
-    write_model,
-    writer_of,
-)
+from evojax_merge.commands import merge
 from evojax_merge.commands.moe import write_mixture
 from evojax_merge.config.search_config import Config
 from evojax_merge.errors import Failed, InputError, print_warning
@@ -86,23 +77,23 @@ class _Output:
                 self.folder.path, f"{option}: a mixture is exported as a folder; leave it out, and merge the folder "
                 "with a recipe of it alone (passthrough) to have it in another form",
             )  # fmt: skip
-        options = MergeOptions(dtype=self.dtype, overwrite=self.overwrite, max_shard_bytes=self.max_shard_bytes)
+        options = merge.MergeOptions(dtype=self.dtype, overwrite=self.overwrite, max_shard_bytes=self.max_shard_bytes)
         write_mixture(document, self.out, options, True, print_warning, card, self.folder.parts)
         console.print(f"wrote {self.out}", soft_wrap=True)
 
     def _write_merge(self, stream: RecipeStream, text: str, card: str | None) -> None:
         leave_torch_out()
         out, rank, parts = self.out, self.rank, self.folder.parts
-        keep = [*parts, *local_inputs(stream), *parts_of_runs(out)]
-        check_new_output(out, self.overwrite, keep, self.type, self.dtype)
+        keep = [*parts, *merge.local_inputs(stream), *merge.parts_of_runs(out)]
+        merge.check_new_output(out, self.overwrite, keep, self.type, self.dtype)
         if any(recipe.method.random for recipe in stream.merges):
             check_masks(self.folder)
-        settings = MergeSettings(planned_dtype(self.dtype))
+        settings = MergeSettings(merge.planned_dtype(self.dtype))
         with prepare_stream(stream, out, settings, resolve_reference) as stream_plan:
             searched = stream_plan.result.recipe.out_dtype
-            card = card_in_dtype(card or card_of_merge(out, stream_plan, text), searched, self.dtype)
-            recipe = in_dtype(text, planned_dtype(self.dtype))
-            write, nbytes = writer_of(
+            card = card_in_dtype(card or merge.card_of_merge(out, stream_plan, text), searched, self.dtype)
+            recipe = in_dtype(text, merge.planned_dtype(self.dtype))
+            write, nbytes = merge.writer_of(
                 stream_plan, out, self.dtype, self.type, self.max_shard_bytes, recipe, print_warning
             )
             if rank is not None:
@@ -111,7 +102,7 @@ class _Output:
                 # An adapter's size shows when it is written.
                 write, nbytes = partial(write_as_adapter, options=options, describe=describe), 0
             keep = [*stream_plan.inputs, *parts]
-            error = write_model(stream_plan, out, card, "exporting", self.overwrite, keep, write, nbytes)
+            error = merge.write_model(stream_plan, out, card, "exporting", self.overwrite, keep, write, nbytes)
         if error is not None:
             console.print(str(error), soft_wrap=True)
         console.print(f"wrote {out}", soft_wrap=True)

@@ -265,7 +265,8 @@ def first_config(path: Path, choices: Choices, models: Models, make_task: MakeTa
         longest = max(1, min(LONGEST_ANSWER, context_length([opened], decoder.positions) // 2))
         templates = ModelTemplates(None if owner is None else names[owner], is_shared, longest)
         backend, task, count = make_task(templates)
-        source = owner if owner is not None and task.uses_template else first
+        uses_template = any(key == "apply_chat_template" and value for key, value, _ in task.lines)
+        source = owner if owner is not None and uses_template else first
         reasons = ["the tokenizers differ: rows of the vocabulary are aligned by token"] if differ else []
         reasons += [] if source == first else [f"{names[first]} has no chat template"]
         keys += [("tokenizer_source", names[source], "; ".join(reasons))] if reasons else []

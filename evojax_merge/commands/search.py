@@ -68,7 +68,7 @@ from evojax_merge.search.run_folder import (
 from evojax_merge.search.run_lock import check_not_in_use, holder
 from evojax_merge.search.run_log import early_lines
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.steps.advice import advice
+from evojax_merge.steps.advice import Adviser
 from evojax_merge.steps.output import print_complete, why_complete
 from evojax_merge.steps.planning import disk_bytes
 from evojax_merge.system import interrupts
@@ -360,7 +360,7 @@ def _require_bank(path: Path, problem: SearchProblem[Backend], force: bool) -> N
         require_memory(f"{path}: parents", what, nbytes, unused_memory())
     except InputError as error:
         if not force:
-            remedy = format_advice(advice(problem, problem.prepare()))
+            remedy = format_advice(Adviser(problem, problem.prepare()).advice())
             raise InputError(error.where, f"{error.what}; {remedy} ({core.FORCE})") from None
 
 

@@ -100,11 +100,6 @@ class TaskSection:
         """The examples that are shown with their answers."""
         return next((value for key, value, _ in self.lines if key == "num_fewshot"), 0)
 
-    @property
-    def uses_template(self) -> bool:
-        """Return whether prompts go through a chat template."""
-        return any(key == "apply_chat_template" and value for key, value, _ in self.lines)
-
 
 @dataclass(frozen=True)
 class ModelTemplates:

@@ -360,10 +360,8 @@ class Ballot:
             del self._open[judge]
             now = datetime.now(UTC).isoformat(timespec="seconds")
             left, right = question.candidates
-            answers, weight = (
-                (digest(question.left), digest(question.right)),
-                self.task.voting.config.judges.get(judge, 1.0),
-            )
+            answers = digest(question.left), digest(question.right)
+            weight = self.task.voting.config.judges.get(judge, 1.0)
             self._file.add(self._round, Vote(question.example, left, right, choice, answers, judge, weight, now))
             if self._pairs is None:
                 self._update()

@@ -78,10 +78,8 @@ class MeetingEvaluator(SpaceEvaluator[Any]):
         """The models with their scores on tasks that people judge, the winner last: 1 for a prompt on which the judges
         prefer the model to the winner, -1 where they prefer the winner, else 0; the winner has 0 on all of them. And
         for each model `task/metric` -> the winner's meetings with it."""
-        shown, meetings = (
-            [scores.candidates([p]) for _, _, p, scores in scored],
-            [dict[str, Meetings]() for _ in scored],
-        )
+        shown = [scores.candidates([p]) for _, _, p, scores in scored]
+        meetings = [dict[str, Meetings]() for _ in scored]
         for name, ballot in self.ballots.items():
             task = judged_task(self, name)
             texts = [scores.outputs[name][p] for _, _, p, scores in scored]

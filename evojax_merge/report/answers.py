@@ -72,20 +72,15 @@ class TaskPairs:
 
 def read_answers(run: RunData) -> list[TaskPairs] | None:
     """The examples of each task. None where the run has no winner yet, or no answers."""
-    result, file = run.result, RunFolder(run.path).heldout_answers
-    if result is None or result.winner is None or not file.is_file():
+    winner, by_model = run.outcome.winner, _by_model(run)
+    if winner is None or by_model is None:
         return None
-    by_model = _by_model(run)
-    if by_model is None:
-        return None
-    ours = by_model.pop(result.winner.name, {})
+    ours = by_model.pop(winner.name, {})
     theirs = [(task, parent, rows) for parent, tasks in by_model.items() for task, rows in tasks.items()]
-    counts, their_counts = (
-        {task: len(rows) for task, rows in ours.items()},
-        {task: len(rows) for task, _, rows in theirs},
-    )
+    counts = {task: len(rows) for task, rows in ours.items()}
+    their_counts = {task: len(rows) for task, _, rows in theirs}
     if not counts or counts != their_counts or len(theirs) > len(counts):
-        run.notes.append(f"{file.name} cannot be read: the models' examples differ")
+        run.notes.append(f"{RunFolder(run.path).heldout_answers.name} cannot be read: the models' examples differ")
         return None
     most, beside = max(1, MOST_EXAMPLES // len(ours)), {task: (parent, rows) for task, parent, rows in theirs}
     tasks = []
@@ -114,8 +109,11 @@ def largest_differences(ours: Sequence[float | None], theirs: Sequence[float | N
 
 
 def _by_model(run: RunData) -> dict[str, dict[str, list[AnswerLine]]] | None:
-    """The answers by model and task; None, and a note of the run, where they cannot be read."""
+    """The answers by model and task; None where the run has no winner yet, or no answers, and, with a note of the run,
+    where they cannot be read."""
     file, answers = RunFolder(run.path).heldout_answers, dict[str, dict[str, list[AnswerLine]]]()
+    if run.outcome.winner is None or not file.is_file():
+        return None
     try:
         for line in whole_lines(file):
             answer, _ = parse(AnswerLine, line)
@@ -129,8 +127,8 @@ def _by_model(run: RunData) -> dict[str, dict[str, list[AnswerLine]]] | None:
 def winner_scores(run: RunData) -> dict[str, tuple[list[Any], np.ndarray]]:
     """The winner's held-out examples by `task/metric` (hashes of the files, each one's place in them and right answer),
     and its scores on them, float[N]; empty where the run has no winner, or no answers."""
-    result = run.result
-    if result is None or result.winner is None or (by_model := _by_model(run)) is None:
+    result, by_model = run.outcome, _by_model(run)
+    if result.winner is None or by_model is None:
         return {}
     tasks = {str(task.get("name")): tuple(map(str, task.values())) for task in run.config.get("tasks", ())}
     inputs, scores = run.config.get("inputs") or {}, dict[str, tuple[list[Any], np.ndarray]]()

@@ -70,9 +70,7 @@ def _public_documents(documents: Sequence[Any], references: Mapping[str, str], p
     return [map_texts(document, replaced) for document in documents]
 
 
-def public_recipe(
-    recipe: str, where: Path, names: Mapping[str, str] = MappingProxyType({}), prompts: str = ""
-) -> str:  # fmt: skip
+def public_recipe(recipe: str, where: Path, names: Mapping[str, str], prompts: str) -> str:
     """A recipe as YAML, in which models have their public `names`, and other absolute paths are cut to their last part;
     unchanged where it has none. `where` names it in messages; prompts: see `_public_documents`."""
     documents = parse_documents(where, recipe, take_last)

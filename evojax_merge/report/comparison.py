@@ -175,14 +175,10 @@ class Result:
         dtypes = ""
         if self.compute_dtype != self.search_compute_dtype:
             dtypes = f" (computed in {self.compute_dtype}, the generations in {self.search_compute_dtype})"
-        if self.validation is None:
-            return (
-                f"{chosen_on('search')}: there it scored {search_fitness:.4f}{unit}, the {label} {searched:.4f}"
-                f"{dtypes}.{unbeaten}"
-            )
+        searched_on = f"; on the search split {search_fitness:.4f}, the {label} {searched:.4f}"
         return (
-            f"{chosen_on('validation')}: there it scored {winner:.4f}{unit}, the {label} {baseline:.4f}; on the search "
-            f"split {search_fitness:.4f}, the {label} {searched:.4f}{dtypes}.{unbeaten}"
+            f"{chosen_on(self.split)}: there it scored {winner:.4f}{unit}, the {label} {baseline:.4f}"
+            f"{'' if self.validation is None else searched_on}{dtypes}.{unbeaten}"
         )
 
     @property
@@ -388,11 +384,8 @@ def verdict(winner: Row, row: Row, data: str = "On held-out data the") -> str | 
     """The sentence about the winner and a rival; see `Result.verdicts`. data: its start."""
     lead, name, ours, unit = row.lead, _named(row), winner.fitness, winner.units.get("fitness", "")
     if not np.isfinite(ours):
-        return (
-            None
-            if not np.isfinite(row.fitness)
-            else f"{data} winner has no finite score; {name} has {row.fitness:.4f}."
-        )
+        failed = f"{data} winner has no finite score; {name} has {row.fitness:.4f}."
+        return failed if np.isfinite(row.fitness) else None
     start, remark = f"{data} winner is", "" if lead is None else lead.remark
     if remark == SAME:
         return f"{start} the same as {name}, example by example: both have {ours:.4f}{_bracketed(unit)}."

@@ -1,6 +1,5 @@
 """Display of the public API's objects in a prompt and in a notebook."""
 
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -9,7 +8,6 @@ from evojax_merge.errors import escaped, shown
 
 # The most rows of a table in a notebook, which aligns all cells to the right where nothing else is said.
 MOST_ROWS, LEFT = 40, ' style="text-align:left"'
-_NAME = re.compile(r"([^\[\]]+)\[([^\[\]]*(?:\[[^\[\]]*\])?)\](?:\[(.*)\])?", re.DOTALL)
 Table = Sequence[Mapping[str, Any]]
 
 
@@ -42,15 +40,22 @@ class Described:
         return f"<table><caption{LEFT}>{html_of(type(self).__name__)}</caption>{rows}</table>{tables}"
 
 
+def split_name(name: str) -> tuple[str, str, str | None]:
+    """The parameter, the group and the parent of a name; None for the parent where all share the parameter, and an
+    empty group where there are none. A group of a user's own may have brackets in its name."""
+    parameter, _, inner = name.removesuffix("]").partition("[")
+    group, separator, parent = inner.partition("][")
+    return (parameter, group, parent) if separator else (parameter, inner, None)
+
+
 def parameter_table(values: Mapping[str, float]) -> Table:
     """Named parameters as a row for each group of tensors: `weight[layers 0-3][maths]` stands in the row `layers 0-3`
     and the column `weight maths`."""
     rows: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        match = _NAME.fullmatch(name)
-        parameter, group, parent = (name, "", None) if match is None else match.groups()
+        parameter, group, parent = split_name(name)
         row = rows.setdefault(group or name, {"group": group or name})
-        row["value" if match is None or not group else f"{parameter} {parent or ''}".rstrip()] = value
+        row[f"{parameter} {parent or ''}".rstrip() if group else "value"] = value
     return list(rows.values())
 
 

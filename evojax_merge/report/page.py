@@ -22,6 +22,7 @@ from markupsafe import Markup, escape
 from evojax_merge.checkpoints.pipelines import SHEET
 from evojax_merge.errors import InputError, escaped
 from evojax_merge.mergekit.streams import read_stream
+from evojax_merge.report import run_tables
 from evojax_merge.report.answers import read_answers
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.drawings import Layer, family_tree, path_drawing
@@ -29,20 +30,6 @@ from evojax_merge.report.parameters import read_parameters
 from evojax_merge.report.progress import OnGeneration
 from evojax_merge.report.publication import Publication
 from evojax_merge.report.run_data import RunData, read_run
-from evojax_merge.report.run_tables import (
-    differences,
-    facts,
-    front_table,
-    headline,
-    heldout_table,
-    lineage_table,
-    mapping_table,
-    notes,
-    runs_table,
-    sentences,
-    task_note,
-    winners_table,
-)
 from evojax_merge.report.tables import Table
 from evojax_merge.search.recording import Generation
 from evojax_merge.search.run_parts import RunFolder, is_page
@@ -137,18 +124,19 @@ def _run_page(run: RunData, refresh: bool, made: Any, publication: Publication |
         pictures = address, [escaped(row.name) for row in result.table]
     return _render(
         "run_page.html", charts, frames, refresh,
-        title=f"{run.name}: evojax-merge", run=run, parameters=parameters, facts=facts(run), headline=headline(run),
-        sentences=sentences(result), notes=notes(run),
+        title=f"{run.name}: evojax-merge", run=run, parameters=parameters, facts=run_tables.facts(run),
+        headline=run_tables.headline(run),
+        sentences=run_tables.sentences(result), notes=run_tables.notes(run),
         thinned=thinned, takes_minibatches=_takes_minibatches(run), rules=bool(made.shown_rules(run)),
         spread=any(len(generation.row.fitness) > 1 for generation in run.fitness_rows),
         validated=any(generation.row.validation_fitness is not None for generation in run.fitness_rows),
-        heldout=heldout_table(result), front=front_table(result) if result.members else None,
+        heldout=run_tables.heldout_table(result), front=run_tables.front_table(result) if result.members else None,
         answers=answers, pictures=pictures, path=_path(run),
         tree=Markup(family_tree(result)) if result.lineage else None,
-        lineage=lineage_table(result), tasks=list(tasks), metrics=list(metrics),
+        lineage=run_tables.lineage_table(result), tasks=list(tasks), metrics=list(metrics),
         rungs_of=f", in the {len(run.generations)} generations that are drawn" if thinned else "",
-        environment=mapping_table("", run.environment) if run.environment else None,
-        inputs=mapping_table("sha256", inputs) if inputs is not None else None,
+        environment=run_tables.mapping_table("", run.environment) if run.environment else None,
+        inputs=run_tables.mapping_table("sha256", inputs) if inputs is not None else None,
     )  # fmt: skip
 
 
@@ -156,20 +144,20 @@ def compare_page(runs: Mapping[str, RunData], gaps: Table | None) -> str:
     """The page of several runs, by their names. gaps: their `gaps_table`."""
     from evojax_merge.report import charts as made
 
-    charts, note = dict[str, Any](), task_note(runs)
+    charts, note = dict[str, Any](), run_tables.task_note(runs)
     # Fitnesses that do not compare share no axis.
     if note is None and any(run.fitness_rows for run in runs.values()):
         charts = {f"best-{number}": made.compared_fitness(runs, bool(number)) for number in range(2)}
-    heldout = winners_table(runs)
+    heldout = run_tables.winners_table(runs)
     if note is None and heldout.rows:
         charts["heldout"] = made.compared_heldout(runs)
     return _render(
         "compare_page.html", charts, None, False,
-        title=f"{len(runs)} runs compared", runs=runs_table(runs), heldout=heldout,
-        gaps=gaps,
-        differences=differences(runs), minibatches=[name for name, run in runs.items() if _takes_minibatches(run)],
+        title=f"{len(runs)} runs compared", runs=run_tables.runs_table(runs), heldout=heldout,
+        gaps=gaps, differences=run_tables.differences(runs),
+        minibatches=[name for name, run in runs.items() if _takes_minibatches(run)],
         notes=[
-            *filter(None, [note]), *(f"{name}: {note}" for name, run in runs.items() for note in notes(run)),
+            *filter(None, [note]), *(f"{name}: {note}" for name, run in runs.items() for note in run_tables.notes(run)),
         ],
     )  # fmt: skip
 

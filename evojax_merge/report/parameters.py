@@ -1,7 +1,6 @@
 """The searched parameters of a run, for its page: by name where the first parent's headers are there, else by
 number."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from evojax_merge.errors import InputError
 from evojax_merge.report.comparison import model_names
+from evojax_merge.report.described import split_name
 from evojax_merge.report.frame import gene_values
 from evojax_merge.report.run_data import Generation, RunData, spread
 from evojax_merge.report.stored_run import stored_values
@@ -21,7 +21,6 @@ MOST_FRAMES, MOST_CELLS = 100, 16_000
 FEWEST_RANKED, MOST_RANKED, MOST_DRAWN = 10, 2_000, 150
 # Genes without names stand in rows of so many.
 GENES_IN_A_ROW = 8
-NAME = re.compile(r"([^\[\]]+)\[([^\]]*)\](?:\[(.*)\])?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -126,21 +125,10 @@ def _sampled(candidates: list[tuple[float, list[float]]], values: Mapping[str, n
 
 def _short(name: str, parameters: int) -> str:
     """`weight[layer 0 mlp][maths]` as `maths, layer 0 mlp`, where only one parameter is searched."""
-    parameter, group, parent = _parts(name)
+    parameter, group, parent = split_name(name)
     if parameter == "gene":
         return name
     return ", ".join([parameter] * (parameters > 1) + ([] if parent is None else [parent]) + [group])
-
-
-def _parts(name: str) -> tuple[str, str, str | None]:
-    """The parameter, the group and the parent of a name; None for the parent where all share the parameter."""
-    match = NAME.fullmatch(name)
-    if match is not None:
-        return match[1], match[2], match[3]
-    # A group of a user's own may have brackets in its name.
-    parameter, _, inner = name.removesuffix("]").partition("[")
-    group, separator, parent = inner.rpartition("][")
-    return (parameter, group, parent) if separator else (parameter, inner, None)
 
 
 def _importance(sampled: Sampled) -> dict[str, float]:
@@ -174,7 +162,7 @@ def _maps(values: Mapping[str, np.ndarray]) -> list[Map]:
     """parameter[group][parent] -> float[frames] as a map for each parameter."""
     cells: dict[str, dict[tuple[str, str], np.ndarray]] = {}
     for name, column in values.items():
-        parameter, group, parent = _parts(name)
+        parameter, group, parent = split_name(name)
         cells.setdefault(parameter, {})[group, parameter if parent is None else parent] = column
     maps = []
     for parameter, columns in cells.items():

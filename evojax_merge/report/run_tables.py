@@ -192,12 +192,6 @@ def progress_cell(run: RunData) -> str:
     return f"{run.count}; {'' if run.search.get('gradient') else f'{passes:,.0f} of '}{budget.passes:,.0f} passes"
 
 
-def time_cell(run: RunData) -> str:
-    """The time of the whole run; where it is not known, that of its generations, which is named."""
-    whole = run.whole_seconds
-    return f"{format_seconds(run.seconds)} in generations" if whole is None else format_seconds(whole)
-
-
 def fitness_units(runs: Mapping[str, RunData]) -> dict[str, str]:
     """The unit of each run's fitness, by the run's name, where the runs with a result have several; else empty."""
     units = {name: run.result.units.get("fitness", "") for name, run in runs.items() if run.result is not None}
@@ -213,10 +207,12 @@ def runs_table(runs: Mapping[str, RunData]) -> Table:
         if run.outcome.shares:
             # The tasks on which the winner is worse than the base or a parent, beyond noise.
             worse = ", ".join(dict.fromkeys(loss.score.rpartition("/")[0] for loss in run.outcome.worse_on)) or "none"
+        whole = run.whole_seconds
+        time = f"{format_seconds(run.seconds)} in generations" if whole is None else format_seconds(whole)
         rows.append(
             [name, run.method, run.state, progress_cell(run), *([units.get(name, "")] if units else []), best_cell(run),
              None if winner is None else winner.heldout_fitness,
-             best[0] if best else None, worse, time_cell(run)]
+             best[0] if best else None, worse, time]
         )  # fmt: skip
     columns = [
         "run", "method", "state", "generations", *([UNIT] if units else []), "best fitness", "winner, held out",

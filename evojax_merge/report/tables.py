@@ -68,7 +68,9 @@ class Table:
         texts = self.texts
         columns = list(zip(*texts, strict=True))
         least = [
-            _widest(column) if number in self.whole else max(map(_longest_part, column))
+            _widest(column)
+            if number in self.whole
+            else max(cell_len(part.rstrip()) for text in column for part in _PART.findall(text))
             for number, column in enumerate(columns)
         ]
         # A column has a blank and a rule on each side.
@@ -127,10 +129,6 @@ def _width(text: str) -> int:
 
 def _widest(texts: Sequence[str]) -> int:
     return max(map(_width, texts))
-
-
-def _longest_part(text: str) -> int:
-    return max(cell_len(part.rstrip()) for part in _PART.findall(text))
 
 
 def _broken(text: str, width: int) -> str:

@@ -32,10 +32,11 @@ _WORDS = {
 }
 
 
-def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], where: str = "") -> None:
     """Raise InputError, which names the argument, for a value that is not of the argument's annotated type: True is no
-    number, and a text no list. arguments: the function's arguments by name; further names are ignored."""
-    where = function.__qualname__.removesuffix(".__init__")
+    number, and a text no list. arguments: the function's arguments by name; further names are ignored. where: the
+    function in messages, by default its own name."""
+    where = where or function.__qualname__.removesuffix(".__init__")
     for name, hint in _hints(function).items():
         _check(f"{where}: {name}", hint, arguments[name])
 
@@ -64,9 +65,11 @@ def _check(where: str, hint: Any, value: Any) -> None:
             )  # fmt: skip
 
 
-def check_call(where: str, function: Callable[..., Any], names: Sequence[str]) -> None:
+def check_call(
+    where: str, function: Callable[..., Any], names: Sequence[str], named: str = "", caller: str = "it is called"
+) -> None:
     """Raise InputError where a function cannot be called with as many positional arguments as `names`, which are their
-    names."""
+    names. named, caller: the function, and who calls it, in the message."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -74,7 +77,7 @@ def check_call(where: str, function: Callable[..., Any], names: Sequence[str]) -
     try:
         signature.bind(*names)
     except TypeError:
-        raise InputError(where, f"takes {signature}; it is called with ({', '.join(names)})") from None
+        raise InputError(where, f"{named} takes {signature}; {caller} with ({', '.join(names)})".lstrip()) from None
 
 
 @cache

@@ -146,8 +146,3 @@ def smallest_bytes(problem: SearchProblem[Backend], backend: Backend, prepared: 
         uses.append((prepared.search, problem.strategy.population, "final"))
     passes = [each for tasks, count, use in uses for each in planner.passes(tasks, count, use, smallest=True)]
     return planner.sizes.bank + planner.jobs * max((each.needed_bytes for each in passes), default=0)
-
-
-def advice(problem: SearchProblem[Backend], prepared: Splits[list[Any]]) -> tuple[str, ...]:
-    """Changes that make a search fit that does not."""
-    return Adviser(problem, prepared).advice()

@@ -56,7 +56,7 @@ from evojax_merge.search.protocols import Strategy, gradient_generations
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.successive_halving import rung_passes
 from evojax_merge.search.surrogate import HISTORY
-from evojax_merge.steps.advice import advice
+from evojax_merge.steps.advice import Adviser
 from evojax_merge.steps.controls import equal_searches
 from evojax_merge.steps.loading import BESIDE_BYTES
 from evojax_merge.steps.selection import SelectionCounts, candidates_to_select, models_to_measure, not_kept
@@ -71,6 +71,8 @@ SMALL_PROGRAMS, SECONDS_PER_PROGRAM = 45, 0.1
 PROCESS_BYTES = 700 * 10**6
 # The generations of a search that the clock ends, for the room that its history needs on the disk.
 TIMED_GENERATIONS = 10_000
+# The fields of a pass that add up over passes that are alike.
+SUMMED = ("runs", "flops", "moved_bytes", "sent_bytes", "seconds")
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def make_plan(
         host_bytes=_host_bytes(sizes, target, model, pass_bytes, [*scored, *differentiated, *final]),
         disk_bytes=disk_bytes(problem) + download_bytes,
         download_bytes=download_bytes,
-        advice=() if fits else advice(problem, prepared),
+        advice=() if fits else Adviser(problem, prepared).advice(),
     )
 
 
@@ -317,10 +319,15 @@ def _expectation(
     is_called: bool,
 ) -> _Expectation:  # fmt: skip
     """The expectation of passes. is_called: whether functions are called that JAX does not trace."""
-    by_kind = _seconds_by_kind(used, target, model)
-    bound = sum(sized.planned.cost(target).seconds(target, model) for passes in used for sized in passes)
+    planned = [sized.planned for passes in used for sized in passes]
+    bounds = [each.cost(target).seconds(target, model) for each in planned]
+    by_kind: dict[WorkKind, float] = {}
+    for each, seconds in zip(planned, bounds, strict=True):
+        # Answers end as they are likely to.
+        kind = kind_of_pass(each.name)
+        by_kind[kind] = by_kind.get(kind, 0.0) + seconds * each.expected_share
     return _Expectation(
-        share=sum(by_kind.values()) / bound if bound else 1.0,
+        share=sum(by_kind.values()) / sum(bounds) if any(bounds) else 1.0,
         factor=CALLED if is_called else estimated_factor(by_kind, bank_bytes, timings),
         kind=max(by_kind, key=lambda kind: by_kind[kind], default="scoring"),
     )
@@ -392,16 +399,6 @@ def _compiling(
     return factor * (seconds([*scored, *others], SMALL_PROGRAMS) + trained * each)
 
 
-def _seconds_by_kind(uses: Sequence[Sequence[SizedPass]], target: Target, model: int) -> dict[WorkKind, float]:
-    """The roofline's seconds of the passes, by the kind of their work, where answers end as they are likely to."""
-    seconds: dict[WorkKind, float] = {}
-    for sized in (sized for passes in uses for sized in passes):
-        kind = kind_of_pass(sized.planned.name)
-        each = sized.planned.cost(target).seconds(target, model) * sized.planned.expected_share
-        seconds[kind] = seconds.get(kind, 0.0) + each
-    return seconds
-
-
 def _cost(passes: Sequence[SizedPass], target: Target) -> Cost:
     return sum((sized.planned.cost(target) for sized in passes), Cost())
 
@@ -411,22 +408,16 @@ def _rows(passes: Sequence[SizedPass], target: Target, model: int) -> tuple[Pass
     rows: dict[tuple[Any, ...], PassPlan] = {}
     for sized in passes:
         item = sized.planned
-        cost, key = (
-            item.cost(target),
-            (item.task, item.name, item.candidates, item.held_bytes, str(item.traced.out_info)),
-        )
-        report = sized.report
+        cost, report = item.cost(target), sized.report
+        key = (item.task, item.name, item.candidates, item.held_bytes, str(item.traced.out_info))
         fresh = PassPlan(
             item.task, item.name, item.candidates, item.runs, item.steps, sized.held_bytes, sized.temporary_bytes,
             None if report is None else report.temporary_bytes, None if report is None else report.collectives,
             cost.flops, cost.nbytes, cost.sent_bytes, cost.seconds(target, model),
         )  # fmt: skip
         earlier = rows.get(key)
-        rows[key] = fresh if earlier is None else replace(
-            earlier, runs=earlier.runs + fresh.runs, flops=earlier.flops + fresh.flops,
-            moved_bytes=earlier.moved_bytes + fresh.moved_bytes,
-            sent_bytes=earlier.sent_bytes + fresh.sent_bytes, seconds=earlier.seconds + fresh.seconds,
-        )  # fmt: skip
+        summed = {name: getattr(earlier, name) + getattr(fresh, name) for name in SUMMED if earlier is not None}
+        rows[key] = fresh if earlier is None else replace(earlier, **summed)
     return tuple(rows.values())
 
 

@@ -21,7 +21,6 @@ from evojax_merge.tasks.networks import NEGATIVE_ENTROPY
 from evojax_merge.tasks.patterns import check_pattern
 from evojax_merge.tasks.prompts import PromptConfig
 from evojax_merge.tasks.task import Opening, Responses, TaskKind
-from evojax_merge.tasks.templates import check_names_field
 from evojax_merge.tasks.text import PromptedTask, check_texts, open_prompted
 
 AGREEMENT = "agreement"
@@ -106,9 +105,7 @@ def _number(answer: str | None) -> int:
 
 def open_agreement(config: AgreementConfig, opening: Opening) -> AgreementTask:
     """The task on the records of one file. Raises InputError for a file or config that does not fit."""
-    check_texts(opening.where, config, config.stop)
-    if config.messages is None:
-        check_names_field(f"{opening.where}.prompt", config.prompt, refuse=True)
+    check_texts(opening.where, config, {"prompt": True})
     if config.pattern is not None:
         check_pattern(opening.where, config.pattern, config.max_new_tokens)
     task: Any = open_prompted(

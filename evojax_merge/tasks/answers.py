@@ -39,37 +39,19 @@ def same_answer(found: str | None, wanted: str, pattern: str | None) -> bool:
     return number is not None and Decimal(found) == Decimal(number)
 
 
-def dropped_tokens(tokenizer: Any, ids: Collection[int]) -> list[str]:
-    """The special tokens among `ids`, by their texts: those that decoding leaves out of an output."""
-    tokens = zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True)
-    return [
-        token
-        for number, token in tokens
-        if not tokenizer.decode([number], skip_special_tokens=True) and token in tokenizer.decode([number])
-    ]
-
-
-def check_room(name: str, targets: Sequence[tuple[str, Sequence[str]]], tokenizer: Any, max_new_tokens: int) -> None:
-    """Raises InputError where even the shortest of all targets of the task `name` has more tokens than a model may
-    write. targets: as `check_attainable` takes them."""
-    if not all(texts for _, texts in targets):
-        return
-    tokens = tokenizer([text for _, texts in targets for text in texts], add_special_tokens=False)["input_ids"]
-    shortest = min(map(len, tokens), default=0)
-    if shortest > max_new_tokens:
-        raise InputError(
-            targets[0][0], f"task {name}: no output can be right: max_new_tokens is {max_new_tokens}, and the shortest "
-            f"target has {shortest} tokens; expected max_new_tokens of more than that",
-        )  # fmt: skip
-
-
-def check_attainable(
-    name: str, targets: Sequence[tuple[str, Sequence[str]]], dropped: Iterable[str], stop: Iterable[str]
-) -> None:
+def check_answerable(
+    name: str, targets: Sequence[tuple[str, Sequence[str]]], tokenizer: Any, ids: Collection[int], stop: Iterable[str],
+    max_new_tokens: int,
+) -> None:  # fmt: skip
     """Raises InputError for the first example of the task `name` that no output answers, since all its targets contain
-    a special token that decoding drops, or a text of `stop`, before which an output ends. targets: each example's place
-    and its targets, one of which an output must contain to be right; none where that is not known."""
-    obstacles = {token: f"{shown(token)}, a special token, which outputs never contain" for token in dropped}
+    a special token that decoding drops, or a text of `stop`, before which an output ends; and where even the shortest
+    of all targets has more tokens than a model may write. targets: each example's place and its targets, one of which
+    an output must contain to be right; none where that is not known; ids: the tokens of the targets."""
+    obstacles = {
+        token: f"{shown(token)}, a special token, which outputs never contain"
+        for number, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True)
+        if not tokenizer.decode([number], skip_special_tokens=True) and token in tokenizer.decode([number])
+    }
     obstacles |= {text: f"{shown(text)}, a text of stop, before which outputs end" for text in stop}
     unattainable = [
         (place, texts[0], next(text for text in obstacles if text in texts[0]))
@@ -82,4 +64,13 @@ def check_attainable(
             place, f"task {name}: no output can be right: the target {shown(target)} contains {obstacles[text]} "
             f"(so do {len(unattainable)} of {len(targets)} targets); leave it out of "
             + ("stop, or out of the target" if text in stop else "the target")
+        )  # fmt: skip
+    if not all(texts for _, texts in targets):
+        return
+    tokens = tokenizer([text for _, texts in targets for text in texts], add_special_tokens=False)["input_ids"]
+    shortest = min(map(len, tokens), default=0)
+    if shortest > max_new_tokens:
+        raise InputError(
+            targets[0][0], f"task {name}: no output can be right: max_new_tokens is {max_new_tokens}, and the shortest "
+            f"target has {shortest} tokens; expected max_new_tokens of more than that",
         )  # fmt: skip

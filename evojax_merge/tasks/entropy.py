@@ -7,7 +7,7 @@ entropy over unlabelled examples along a weight for each layer and parent.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,9 @@ from evojax_merge.tasks.networks import (
 from evojax_merge.tasks.prompts import Example, PromptConfig, joined
 from evojax_merge.tasks.records import is_file_name
 from evojax_merge.tasks.task import Derivative, Opening, Responses, TaskKind, TaskRequests
-from evojax_merge.tasks.templates import check_names_field, named_fields
+from evojax_merge.tasks.templates import named_fields
 from evojax_merge.tasks.text import (
+    P,
     PromptedTask,
     check_texts,
     likelihood_rows,
@@ -37,7 +38,6 @@ from evojax_merge.tasks.text import (
     prompt_rows,
 )
 
-P = TypeVar("P", bound=PromptedTask)
 Choices = Annotated[
     Name | Annotated[list[Text], Field(min_length=2, max_length=1000)],
     Form("a list of two or more texts, or the name of a field", "texts, or a field"),
@@ -156,9 +156,7 @@ def open_entropy(config: EntropyConfig, opening: Opening) -> EntropyTask | Netwo
             **{key: getattr(config, key) for key in ("name", "file", "weight", "images", "image", "text")},
         }  # fmt: skip
         return open_network(ClassificationConfig.model_construct(**keys), opening)
-    check_texts(opening.where, config, ())
-    if config.messages is None:
-        check_names_field(f"{opening.where}.prompt", config.prompt, refuse=True)
+    check_texts(opening.where, config, {"prompt": True})
     task = open_prompted(
         EntropyTask, config, opening, "exact_match", NEGATIVE_ENTROPY, has_targets=False, positions=config.positions
     )

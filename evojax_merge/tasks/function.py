@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError, PeerLostError, did_you_mean, shown
+from evojax_merge.schema.arguments import check_call
 from evojax_merge.schema.section import Location, Text, Whole
 from evojax_merge.system.user_modules import importing_from, lacks_module, load_file, reference_from_anywhere
 from evojax_merge.system.users_traceback import WrongResultError
@@ -194,7 +195,7 @@ def open_function(config: FunctionConfig, opening: Opening) -> FunctionTask:
     where = opening.where
     function = load_function(f"{where}.function", config.function, config.inputs, opening.folder)
     kind: Kind = "exact_match" if config.inputs == "texts" else "likelihood"
-    check_texts(where, config, config.stop)
+    check_texts(where, config)
     return open_prompted(
         FunctionTask, config, opening, kind, METRIC, has_targets=config.inputs != "texts", function=function,
         inputs=config.inputs,
@@ -312,7 +313,7 @@ def load_function(where: str, reference: str, inputs: str, folder: Path) -> User
     its signature does not accept the arguments of `inputs`."""
     if python_functions.is_reference(reference):
         python_function = python_functions.find_function(where, reference)
-        _check_arguments(where, reference, python_function, inputs)
+        check_call(where, python_function, ARGUMENTS[inputs], reference, f"inputs: {inputs} calls it")
         return UserFunction(reference, python_function, (), reference)
     place, separator, name = reference.rpartition(":")
     if not (separator and place and name.isidentifier()):
@@ -324,7 +325,7 @@ def load_function(where: str, reference: str, inputs: str, folder: Path) -> User
         raise InputError(where, f"{place} has no function {name!r}{did_you_mean(name, functions)}")
     if not callable(function):
         raise InputError(where, f"{reference} is of type {type(function).__name__}; expected a function")
-    _check_arguments(where, reference, function, inputs)
+    check_call(where, function, ARGUMENTS[inputs], reference, f"inputs: {inputs} calls it")
     place_anywhere = reference_from_anywhere(reference, folder)
     # The file of the module, and of the function where the module only passes it on.
     files = {getattr(module, "__file__", None)}
@@ -332,18 +333,6 @@ def load_function(where: str, reference: str, inputs: str, folder: Path) -> User
         files.add(inspect.getsourcefile(inspect.unwrap(function)))
     sources = (Path(file).resolve() for file in files if file is not None and Path(file).is_file())
     return UserFunction(reference, function, tuple(sorted(sources)), place_anywhere)
-
-
-def _check_arguments(where: str, reference: str, function: Callable[..., Any], inputs: str) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return  # Functions that are not written in Python may have no signature.
-    try:
-        signature.bind(*ARGUMENTS[inputs])
-    except TypeError:
-        called = f"({', '.join(ARGUMENTS[inputs])})"
-        raise InputError(where, f"{reference} takes {signature}; inputs: {inputs} calls it with {called}") from None
 
 
 def users_module(where: str, place: str, folder: Path) -> ModuleType:

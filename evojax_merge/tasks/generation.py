@@ -25,7 +25,7 @@ from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.prompts import PromptConfig
 from evojax_merge.tasks.sampling import UNITS, SamplingConfig, length_scores
 from evojax_merge.tasks.task import SHARE_RIGHT, Opening, Responses, TaskKind
-from evojax_merge.tasks.templates import check_names_field, field_path, look_up
+from evojax_merge.tasks.templates import field_path, look_up
 from evojax_merge.tasks.text import (
     PromptedTask,
     TextTask,
@@ -190,10 +190,7 @@ def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTas
     if config.over_samples != "mean" and config.metric not in RIGHT_OR_WRONG:
         what = f"{config.over_samples}; {config.metric} does not say which answers are right"
         raise InputError(f"{where}.over_samples", f"{what}, as {', '.join(RIGHT_OR_WRONG)} do; expected mean")
-    check_texts(where, config, config.stop)
-    if config.messages is None:
-        check_names_field(f"{where}.prompt", config.prompt, refuse=True)
-        check_names_field(f"{where}.target", config.target, refuse=False)
+    check_texts(where, config, {"prompt": True, "target": False})
     sampling = config.sampling(opening.seed)
     task = open_prompted(
         GenerationTask, config, opening, "exact_match", sampling.metric(config.metric), accepted=(),

@@ -191,11 +191,10 @@ class GsmTask(TaskDefaults):
         template = chat_template(where, tokenizer, None) if self.chat else None
         rows = []
         for number, problem in enumerate(self.problems):
-            tokens = (
-                encode_prompt(tokenizer, self.text(problem))
-                if template is None
-                else self._chat(template, tokenizer, problem)
-            )
+            if template is None:
+                tokens = encode_prompt(tokenizer, self.text(problem))
+            else:
+                tokens = self._chat(template, tokenizer, problem)
             rows.append(Row(tuple(tokens), len(tokens), problem.where, number))
         return TaskRequests(
             (), self.sampling.rows(rows), self.max_new_tokens, self.style.stop, sampler=self.sampling.sampler,
@@ -372,10 +371,8 @@ KIND = TaskKind(GsmConfig, open_gsm, source="source", test_set=test_set)
 def read_problem(record: Record) -> WordProblem:
     """A record of GSM8K (`question`, `answer` that ends in `#### number`) or MGSM (with `answer_number`)."""
     fields = record.fields
-    question, answer, given = (
-        fields.get("question"),
-        *(_written(fields.get(key)) for key in ("answer", "answer_number")),
-    )
+    question = fields.get("question")
+    answer, given = (_written(fields.get(key)) for key in ("answer", "answer_number"))
     if not isinstance(question, str) or not question.strip():
         keys = ", ".join(map(str, fields))
         raise InputError(record.where, f"question: expected a text, found {question!r} (the record has {keys})")

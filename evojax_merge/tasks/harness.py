@@ -24,16 +24,8 @@ from pydantic import Field, model_validator
 from evojax_merge.errors import InputError, first_line
 from evojax_merge.schema.section import Location, Name, Text, Whole
 from evojax_merge.system.jinja_process import TemplateError
+from evojax_merge.tasks import harness_tokens
 from evojax_merge.tasks.function import FunctionFailed, guard_user_function
-from evojax_merge.tasks.harness_tokens import (
-    check_length,
-    encode,
-    encode_images,
-    encode_pair,
-    output_limits,
-    rolling_windows,
-    written_chat,
-)
 from evojax_merge.tasks.images import RecordImage, images_of
 from evojax_merge.tasks.patterns import SECONDS, LimitedRegex, TooSlow, time_limit
 from evojax_merge.tasks.prompts import chat_template
@@ -169,7 +161,7 @@ class Source:
         config, chat = self.config, None
         if tokenizer is not None:
             template = chat_template(f"{self.where}: apply_chat_template", tokenizer, None)
-            chat = functools.partial(written_chat, template, tokenizer, shows_images=self.shows_images)
+            chat = functools.partial(harness_tokens.written_chat, template, tokenizer, shows_images=self.shows_images)
         # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         try:
@@ -229,15 +221,15 @@ class HarnessTask(TaskDefaults):
                 images = self.source.images(where, request)
                 if request.request_type == "generate_until":
                     text, settings = request.args[:2]
-                    new, stop = output_limits(where, settings, tokenizer)
+                    new, stop = harness_tokens.output_limits(where, settings, tokenizer)
                     limits.add((new, stop))
                     if new >= context:
                         raise InputError(where, f"asks for {new} new tokens; the models' context is {context}")
                     if self.source.shows_images:
-                        tokens = encode_images(tokenizer, where, text, images)
-                        check_length(where, len(tokens) + new, context)
+                        tokens = harness_tokens.encode_images(tokenizer, where, text, images)
+                        harness_tokens.check_length(where, len(tokens) + new, context)
                     else:
-                        tokens = encode(tokenizer, text, tokenizer.bos_token)[-(context - new) :]
+                        tokens = harness_tokens.encode(tokenizer, text, tokenizer.bos_token)[-(context - new) :]
                     if not tokens:
                         raise InputError(where, "the prompt has no token")
                     prompts.append(Row(tuple(tokens), len(tokens), where, number))
@@ -245,14 +237,14 @@ class HarnessTask(TaskDefaults):
                     continue
                 if self.source.shows_images:
                     before, target = request.args[:2]
-                    seen = encode_images(tokenizer, where, before.rstrip(), images)
-                    both = encode_images(tokenizer, where, before + target, images)
+                    seen = harness_tokens.encode_images(tokenizer, where, before.rstrip(), images)
+                    both = harness_tokens.encode_images(tokenizer, where, before + target, images)
                     pairs = [(seen, both[len(seen) :])]
-                    check_length(where, sum(map(len, pairs[0])) - 1, context)
+                    harness_tokens.check_length(where, sum(map(len, pairs[0])) - 1, context)
                 elif request.request_type == "loglikelihood":
-                    pairs = [encode_pair(tokenizer, *request.args)]
+                    pairs = [harness_tokens.encode_pair(tokenizer, *request.args)]
                 else:
-                    pairs = rolling_windows(tokenizer, request.args[0], context)
+                    pairs = harness_tokens.rolling_windows(tokenizer, request.args[0], context)
                 for before, target in pairs:
                     if not before or not target:
                         raise InputError(where, "has no token to score")

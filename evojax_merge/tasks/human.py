@@ -78,7 +78,7 @@ def open_human(config: HumanConfig, opening: Opening) -> HumanTask:
         read_key()
     model = None if address is None else LanguageModelJudge(address, str(config.judge_model), config.question)
     voting = voting_of(config, opening, model)
-    check_texts(where, config, config.stop)
+    check_texts(where, config)
     return open_prompted(HumanTask, config, opening, "exact_match", METRIC, has_targets=False, voting=voting)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -11,10 +11,9 @@ from evojax_merge.tasks.answers import numbers_in
 from evojax_merge.tasks.data_versions import pinned_reference
 from evojax_merge.tasks.kinds import kind_of
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.task import FindFile, Opening, Place, SplittableTask, Task, TaskConfig, TaskKind, local_file
+from evojax_merge.tasks.task import FindFile, Opening, Place, Task, TaskConfig, TaskKind, local_file
 from evojax_merge.tasks.text import TextTask
 
-T = TypeVar("T", bound=SplittableTask)
 # Fewer examples to search on say next to nothing.
 FEW_EXAMPLES = 4
 
@@ -53,7 +52,10 @@ def open_splits(
         raise InputError(
             task.files[0] if task.files else where, "holds one example; a held-out share needs at least two"
         )
-    return split_task(task, float(config.heldout), seed)
+    # The parts depend on the seed alone.
+    order = np.random.default_rng([seed, task.size]).permutation(task.size)
+    count = min(max(1, round(float(config.heldout) * task.size)), task.size - 1)
+    return task.subset(sorted(order[count:].tolist())), task.subset(sorted(order[:count].tolist()))
 
 
 def open_whole_task(
@@ -73,13 +75,6 @@ def _open(kind: TaskKind, config: TaskConfig, opening: Opening) -> Task:
         what = f"the kind of task {name} opened it as {shown(task)}"
         raise InputError(opening.where, f"{what}; expected a Task, which has {', '.join(lacking)}")
     return cast(Task, task)
-
-
-def split_task(task: T, share: float, seed: int) -> tuple[T, T]:
-    """The search split, and a random `share` of the examples that the search never sees, both by the seed alone."""
-    order = np.random.default_rng([seed, task.size]).permutation(task.size)
-    count = min(max(1, round(share * task.size)), task.size - 1)
-    return task.subset(sorted(order[count:].tolist())), task.subset(sorted(order[:count].tolist()))
 
 
 def resolved_config(config: TaskConfig, search: Task, heldout: Task) -> dict[str, Any]:
@@ -119,18 +114,15 @@ def data_warnings(where: str, tasks: Sequence[TaskConfig], splits: Splits[list[T
             lines += repeated(task, search, *kept_back) + repeated(f"{task}.heldout", held)
         else:
             lines += repeated(task, search, *kept_back, held)
-        shared = [place for key, place in held.contents() if key in searched | chosen_on]
-        if shared:
-            lines.append(
-                f"{task}.heldout: {len(shared)} of the {held.size} held-out examples are among those that are searched "
-                f"on ({_places(shared)}); on them the held-out scores show nothing new"
-            )
-        for part in kept_back:
-            shared = [place for key, place in part.contents() if key in searched]
+        parts = [(f"{task}.heldout", held, "held-out", searched | chosen_on, "the held-out scores show nothing new")]
+        follows = "the choice of the winner goes by what was searched on"
+        parts += [(task, part, "validation", searched, follows) for part in kept_back]
+        for place, part, name, keys, follows in parts:
+            shared = [at for key, at in part.contents() if key in keys]
             if shared:
                 lines.append(
-                    f"{task}: {len(shared)} of the {part.size} validation examples are among those that are searched "
-                    f"on ({_places(shared)}); on them the choice of the winner goes by what was searched on"
+                    f"{place}: {len(shared)} of the {part.size} {name} examples are among those that are searched on "
+                    f"({_places(shared)}); on them {follows}"
                 )
     return lines
 

@@ -83,13 +83,9 @@ class RubricTask(PromptedTask):
 
     judge: RubricJudge
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (*super().files, *self._judges_files)
-
     @cached_property
-    def _judges_files(self) -> tuple[Path, ...]:
-        return tuple(sorted(file for file in self.judge.folder.iterdir() if file.is_file()))
+    def files(self) -> tuple[Path, ...]:
+        return (*super().files, *sorted(file for file in self.judge.folder.iterdir() if file.is_file()))
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
         # Candidates often agree: each distinct response is judged once.
@@ -109,7 +105,7 @@ class RubricTask(PromptedTask):
 def open_rubric(config: RubricConfig, opening: Opening) -> RubricTask:
     """The task on the records of one file. Raises InputError for a fault of the config, the judge or the file."""
     where = opening.where
-    check_texts(where, config, config.stop)
+    check_texts(where, config)
     check_template(f"{where}.rubric", config.rubric)
     if RESPONSE not in named_fields(config.rubric):
         raise InputError(f"{where}.rubric", f"does not name {{{RESPONSE}}}, the text that is judged")

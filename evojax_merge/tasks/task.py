@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self, cast, get_args
 
 import jax
 import numpy as np
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError
 from evojax_merge.models.sampling import Sampler
@@ -249,10 +249,7 @@ GUARD_WEIGHT = 1e-300
 
 
 class TaskConfig(Section):
-    """The keys of every kind of task. `optional`: keys that a section for a run folder leaves out where they have their
-    defaults, so that the section of a task without them stays the same as in earlier versions."""
-
-    optional: ClassVar[tuple[str, ...]] = ()
+    """The keys of every kind of task."""
 
     name: Name = Field(description="what the task is called in tables")
     heldout: Heldout = Field(
@@ -274,11 +271,6 @@ class TaskConfig(Section):
         if self.tolerance and not self.guard:
             raise ValueError("tolerance: is that of a guard; give guard: true as well, or leave it out")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        defaults = {key: type(self).model_fields[key].default for key in self.optional}
-        return {key: value for key, value in serialise(self).items() if key not in defaults or value != defaults[key]}
 
     @property
     def heldout_source(self) -> str | None:

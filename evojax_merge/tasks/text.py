@@ -12,6 +12,7 @@ from decimal import Decimal
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -19,7 +20,8 @@ from pydantic import BeforeValidator, Field
 
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.schema.section import Name, Text, Whole
-from evojax_merge.tasks.answers import check_attainable, check_room, dropped_tokens, extract_answer, same_answer
+from evojax_merge.tasks import templates
+from evojax_merge.tasks.answers import check_answerable, extract_answer, same_answer
 from evojax_merge.tasks.choices import ChoiceTemplates, brief, choice_fields, read_choices, right_choice, templates_of
 from evojax_merge.tasks.images import RecordImage, expand_images, number_images, read_images
 from evojax_merge.tasks.patterns import PROBED, check_pattern
@@ -46,18 +48,6 @@ from evojax_merge.tasks.task import (
     TaskKind,
     TaskRequests,
     brevity,
-)
-from evojax_merge.tasks.templates import (
-    check_names_field,
-    check_stop,
-    check_template,
-    field_path,
-    fields_of_any,
-    fill,
-    fill_prompt,
-    look_up,
-    named_fields,
-    only_field,
 )
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
@@ -138,15 +128,13 @@ class PromptedTask(TaskDefaults):
         if self.kind == "exact_match":
             targets = [target for example in self.examples for target in example.targets]
             tokens = tokenizer(targets, add_special_tokens=False)["input_ids"]
-            longest, dropped = max(map(len, tokens)), dropped_tokens(tokenizer, {*chain(*tokens)})
             wanted = [(self.where(example), self.wanted(n)) for n, example in enumerate(self.examples)]
-            check_attainable(self.name, wanted, dropped, self.stop)
-            check_room(self.name, wanted, tokenizer, self.max_new_tokens)
+            check_answerable(self.name, wanted, tokenizer, {*chain(*tokens)}, self.stop, self.max_new_tokens)
             rows = self.sampling.rows(prompt_rows(self, tokenizer))
             # An answer like its target, and the token that ends it.
             return TaskRequests(
-                (), rows, self.max_new_tokens, self.stop, expected_tokens=longest + 1, sampler=self.sampling.sampler,
-                counts_tokens=self.metric == "length", answer=self.stop_pattern,
+                (), rows, self.max_new_tokens, self.stop, expected_tokens=max(map(len, tokens)) + 1,
+                sampler=self.sampling.sampler, counts_tokens=self.metric == "length", answer=self.stop_pattern,
             )  # fmt: skip
         return TaskRequests(tuple(likelihood_rows(self, tokenizer)))
 
@@ -287,11 +275,8 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
     sampling = config.sampling(opening.seed)
     if sampling.reduction != "mean" and metric != "accuracy":
         raise InputError(f"{where}.over_samples", f"{sampling.reduction} goes with metric: accuracy; expected mean")
-    check_texts(where, config, config.stop)
-    if config.prompt and config.messages is None:
-        check_names_field(f"{where}.prompt", config.prompt, refuse=kind == "exact_match")
-    if kind != "multiple_choice" and config.messages is None:
-        check_names_field(f"{where}.target", config.target, refuse=False)
+    named = {"prompt": kind == "exact_match"} if config.prompt else {}
+    check_texts(where, config, named | ({} if kind == "multiple_choice" else {"target": False}))
     task = open_prompted(
         TextTask, config, opening, kind, sampling.metric(metric), records=(), pattern=config.pattern, sampling=sampling,
         stop_pattern=config.stop_pattern(where, config.pattern),
@@ -336,13 +321,17 @@ def cut_target(where: str, pattern: str, answer: str, place: str, target: str) -
     )  # fmt: skip
 
 
-def check_texts(where: str, config: PromptConfig, stop: Sequence[str]) -> None:
-    """Raises InputError for an invalid template, and for an empty text that would end all outputs."""
+def check_texts(where: str, config: Any, named: Mapping[str, bool] = MappingProxyType({})) -> None:
+    """Raises InputError for an invalid template, and for an empty text that would end all outputs. config: as in
+    `open_prompted`; named: the templates that should name a field of the records -> whether those without are refused,
+    or are a warning."""
     for key, template in (("prompt", config.prompt), ("target", config.target)):
-        check_template(f"{where}.{key}", template)
+        templates.check_template(f"{where}.{key}", template)
     for template in templates_of(config.choices) if isinstance(config, TextConfig) else ():
-        check_template(f"{where}.choices", template)
-    check_stop(where, stop)
+        templates.check_template(f"{where}.choices", template)
+    templates.check_stop(where, config.stop)
+    for key, refuse in named.items() if config.messages is None else ():
+        templates.check_names_field(f"{where}.{key}", getattr(config, key), refuse)
 
 
 def open_prompted(
@@ -408,7 +397,7 @@ def read_examples(
     """The examples of a source's records. section: the config in messages; folder: of images, by default the source's;
     has_targets: see `open_prompted`. Raises InputError with the place of the first record that does not fit."""
     folder = folder or source.files[0].parent
-    fields = fields_of_any(config.prompt, [record.fields for record in source.records])
+    fields = templates.fields_of_any(config.prompt, [record.fields for record in source.records])
     return [_example(record, kind, config, section, folder, has_targets, fields) for record in source.records]
 
 
@@ -420,10 +409,11 @@ def _example(
     # A placeholder that is never read.
     template = config.target if has_target else NO_TARGET
     chosen_by = {*choice_fields(config.choices), config.answer} if isinstance(config, TextConfig) else set()
-    images = read_images(record, folder, {*named_fields(config.prompt), *named_fields(template), *chosen_by})
+    named = templates.named_fields(config.prompt) | templates.named_fields(template)
+    images = read_images(record, folder, named | chosen_by)
     turns, of_turns = list[Turn](), " + ".join(config.turns)
     if not of_turns:
-        prompt = fill_prompt(where, f"{section}.prompt", config.prompt, record.fields, fields)
+        prompt = templates.fill_prompt(where, f"{section}.prompt", config.prompt, record.fields, fields)
         before = "" if is_chat else prompt
     else:
         prompt = before = ""
@@ -451,10 +441,10 @@ def _example(
             if turns and template == "{target}" and "target" not in record.fields:
                 what = f"{of_turns}: ends with a turn of the role {brief(turns[-1]['role'])}"
                 raise InputError(where, f"{what}; expected the assistant's, which is scored, or {section}.target")
-            key, path = f"{section}.target", only_field(template)
-            value = look_up(where, key, path, record.fields) if config.takes_json and path is not None else ""
+            key, path = f"{section}.target", templates.only_field(template)
+            value = templates.look_up(where, key, path, record.fields) if config.takes_json and path is not None else ""
             if isinstance(value, str):
-                target = fill(where, key, template, record.fields)
+                target = templates.fill(where, key, template, record.fields)
             else:
                 target = json.dumps(value, ensure_ascii=False, default=str)
         # White space as an answer is never found; as a target it can be predicted.
@@ -466,7 +456,8 @@ def _example(
         raise InputError(where, what)
     assert isinstance(config, TextConfig)
     choices, labels = read_choices(where, f"{section}.choices", config.choices, record.fields)
-    answer = look_up(where, f"{section}.answer", field_path(config.answer, record.fields), record.fields)
+    path = templates.field_path(config.answer, record.fields)
+    answer = templates.look_up(where, f"{section}.answer", path, record.fields)
     chosen = right_choice(where, config.answer, answer, choices, labels)
     return Example(prompt, tuple(map(answer_text, choices)), chosen, *place, tuple(choices), tuple(turns), images)
 

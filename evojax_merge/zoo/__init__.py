@@ -11,14 +11,15 @@ models of the table-top EvoVLM, which come with the package (evovlm), `zoo:smoll
 All of them are kept in the user's cache folder once made.
 """
 
+import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.system.data_packages import cache_folder as packages_cache_folder
@@ -120,6 +121,12 @@ class Family:
             what = f"{', '.join(self.models)} ({self.name}, seed {seed})"
             write_family(folder, partial(self.make, seed=seed), self.steps, what)
         return folder / match[2]
+
+
+def save_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a task file of JSON lines."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    file.write_text("".join(lines), encoding="utf-8")
 
 
 def write_family(folder: Path, make: Callable[..., None], steps: int = 0, what: str = "") -> None:

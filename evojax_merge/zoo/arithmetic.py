@@ -8,7 +8,6 @@ share, both languages say a thing in the same number of words, and the base saw 
 The weights that come with the package were made by bench/shared/packaged_weights.py.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.zoo import MODELS, PREFIX, resolve_reference
+from evojax_merge.zoo import MODELS, PREFIX, resolve_reference, save_records
 from evojax_merge.zoo.tiny_llama import (
     DIGITS,
     EOS,
@@ -208,13 +207,11 @@ def answer_loss(config: DecoderConfig, model: StackedWeights, tokens: jax.Array)
 # Files
 
 
-def save_records(path: Path, sums: Sums, language: int = JAPANESE) -> None:
+def save_sums(path: Path, sums: Sums, language: int = JAPANESE) -> None:
     """Write a task file: sums asked in a language, to be answered in it."""
-    lines = []
-    for body in sum_sentences(sums, np.full((len(sums), 3), language)):
-        target = " ".join([to_text(body[BODY - 3 :]), *ENDINGS[language]])
-        lines.append(json.dumps({"prompt": to_text(body[: BODY - 3]), "target": target}, ensure_ascii=False) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
+    bodies, ending = sum_sentences(sums, np.full((len(sums), 3), language)), " ".join(ENDINGS[language])
+    texts = [(to_text(body[: BODY - 3]), f"{to_text(body[BODY - 3 :])} {ending}") for body in bodies]
+    save_records(path, [{"prompt": prompt, "target": target} for prompt, target in texts])
 
 
 def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda name, steps, loss: None) -> None:
@@ -231,8 +228,8 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda
 def _save_all_but_weights(folder: Path, seed: int, plan: Plan) -> Sums:
     """The task files, and the models' configs and tokenizers. Returns the problems to train on."""
     training, search, heldout = split_hard_sums(seed, plan)
-    save_records(folder / "search.jsonl", search)
-    save_records(folder / "heldout.jsonl", heldout)
+    save_sums(folder / "search.jsonl", search)
+    save_sums(folder / "heldout.jsonl", heldout)
     for name in MODELS:
         save_small_files(folder / name, SIZES, VOCABULARY)
     return training

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.zoo import FILES, Family, tiny_llama
+from evojax_merge.zoo import FILES, Family, save_records, tiny_llama
 from evojax_merge.zoo.tiny_llama import EOS, PAD, UNKNOWN, Sizes, unpack_weights
 
 MODELS = ("base", "vision", "japanese")
@@ -160,20 +160,19 @@ def save_questions(folder: Path, seed: int, counts: tuple[int, int]) -> None:
     pictures = read_pictures("test")
     order = rng.permutation(len(pictures))[: sum(counts)]
     (folder / PICTURES).mkdir()
-    lines = []
+    records = []
     for number, picture in enumerate(pictures[place] for place in order):
         question = picture.questions[rng.integers(len(picture.questions))]
         (folder / PICTURES / f"{number}.png").write_bytes(picture.content)
-        record = {
+        records.append({
             "image": f"{PICTURES}/{number}.png",
             "question": question.ask(JAPANESE),
             "answer": question.answer(picture.color, picture.shape, JAPANESE),
             "english_question": question.ask(ENGLISH),
             "english_answer": question.answer(picture.color, picture.shape, ENGLISH),
-        }
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    for file, part in zip(FILES, (lines[: counts[0]], lines[counts[0] :]), strict=True):
-        (folder / file).write_text("".join(part), encoding="utf-8")
+        })  # fmt: skip
+    for file, part in zip(FILES, (records[: counts[0]], records[counts[0] :]), strict=True):
+        save_records(folder / file, part)
 
 
 # ---------------------------------------------------------------------------------------------------------------

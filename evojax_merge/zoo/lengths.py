@@ -6,7 +6,6 @@ It is long-to-short reasoning at the size of a toy. An answer with checks is `5 
 `long` with as few tokens as `short`.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.zoo import FILES, PREFIX, Family, resolve_reference
+from evojax_merge.zoo import FILES, PREFIX, Family, resolve_reference, save_records
 from evojax_merge.zoo.arithmetic import (
     BODY,
     ENGLISH,
@@ -60,8 +59,7 @@ def make_family(folder: Path, seed: int, progress: Progress) -> None:
     training, *splits = split_hard_sums(PACKAGED_SEED, PLAN)
     for file, sums in zip(FILES, splits, strict=True):
         texts = [(to_text(body[: BODY - DIGITS]), to_text(body[BODY - DIGITS : BODY])) for body in sentences(sums, 1)]
-        lines = [json.dumps({"prompt": prompt, "target": target}) + "\n" for prompt, target in texts]
-        (folder / file).write_text("".join(lines), encoding="utf-8")
+        save_records(folder / file, [{"prompt": prompt, "target": target} for prompt, target in texts])
     batches: dict[str, Batch] = {
         "base": partial(easy_batch, times=TIMES), "long": partial(hard_batch, training=training),
         "short": partial(easy_batch, times=1),

@@ -12,7 +12,6 @@ three to five numbers. No model of the family was trained to do that in four lay
 layers again can.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,7 +28,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.zoo import FILES, Family
+from evojax_merge.zoo import FILES, Family, save_records
 from evojax_merge.zoo.tiny_llama import (
     DIGITS,
     EOS,
@@ -155,7 +154,7 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Progress) -> None
     splits = split_sums(seed, plan)
     for file, chains in zip(FILES, splits, strict=True):
         records = [{"prompt": " ".join(["plus", *map(str, chain)]), "target": str(sum(chain) % 10)} for chain in chains]
-        (folder / file).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        save_records(folder / file, records)
     for name in MODELS:
         save_small_files(folder / name, SIZES, VOCABULARY)
     config = decoder_config(folder / "base" / "config.json")

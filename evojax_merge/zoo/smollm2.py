@@ -51,16 +51,14 @@ PROBLEMS = 100
 Split = Literal["train", "search", "heldout"]
 SPLITS: tuple[tuple[Split, int], ...] = (("train", 60), ("search", 16), ("heldout", 24))
 
-NAMES = ("base", "maths", "japanese", "search.jsonl", "heldout.jsonl")
-
 console = Console(stderr=True, markup=False)
 
 
 def resolve_reference(name: str) -> Path:
     """The folder or file of that name, made first where it is missing. Raises InputError for another name."""
-    if name not in NAMES:
+    if name not in _MAKERS:
         prefix = "zoo:smollm2/"
-        near = did_you_mean(f"{prefix}{name}", [f"{prefix}{known_name}" for known_name in NAMES])
+        near = did_you_mean(f"{prefix}{name}", [f"{prefix}{content}" for content in _MAKERS])
         raise InputError(f"{prefix}{name}", f"no such model or file{near}")
     path = cache_folder() / VERSION / name
     if not path.exists():

@@ -5,7 +5,6 @@ writes them in English. One copy is then fine-tuned on French, another on German
 The task of a merge is both.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.zoo import FILES, Family
+from evojax_merge.zoo import FILES, Family, save_records
 from evojax_merge.zoo.tiny_llama import EOS, PAD, UNKNOWN, Progress, save_tokenizer
 from evojax_merge.zoo.torch_training import seeded_torch, train_experts
 
@@ -130,8 +129,7 @@ def make_family(
     """Train the family into an empty folder. steps: of each model."""
     training, *splits = split_numbers(seed)
     for file, numbers in zip(FILES, splits, strict=True):
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records(numbers)]
-        (folder / file).write_text("".join(lines), encoding="utf-8")
+        save_records(folder / file, records(numbers))
     with seeded_torch("zoo:t5", seed) as torch:
         import transformers
 

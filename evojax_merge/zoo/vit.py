@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.zoo import FILES, Family
+from evojax_merge.zoo import FILES, Family, save_records
 from evojax_merge.zoo.digit_images import HIGH, LOW, DigitImages, load_digit_images
 from evojax_merge.zoo.tiny_llama import Progress
 from evojax_merge.zoo.torch_training import seeded_torch, train_experts
@@ -50,12 +50,11 @@ def save_images(folder: Path, file: str, digits: DigitImages) -> None:
 
     name = file.removesuffix(".jsonl")
     (folder / "images" / name).mkdir(parents=True)
-    lines = []
-    for number, (pixels, label) in enumerate(zip(grey(digits.images), digits.labels, strict=True)):
-        image = f"images/{name}/{number:03}.png"
+    images = [f"images/{name}/{number:03}.png" for number in range(len(digits))]
+    for image, pixels in zip(images, grey(digits.images), strict=True):
         PIL.Image.fromarray(pixels).save(folder / image)
-        lines.append(json.dumps({"image": image, "label": int(label)}) + "\n")
-    (folder / file).write_text("".join(lines), encoding="utf-8")
+    records = zip(images, digits.labels.tolist(), strict=True)
+    save_records(folder / file, [{"image": image, "label": label} for image, label in records])
 
 
 def make_family(
