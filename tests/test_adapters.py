@@ -589,9 +589,15 @@ def test_an_export_that_can_be_no_adapter_is_refused(family: Family, tmp_path: P
     linear, based = {"merge_method": "linear", "models": models}, {"base_model": str(family.base)}
     moe = str(save(random_model(tiny_config("qwen2_moe")), tmp_path / "moe"))
     of_moe = {"merge_method": "linear", "base_model": moe, "models": [{"model": moe, "parameters": {"weight": 1}}]}
+    adapted = f"{family.base}+{adapter(family.base, tmp_path / 'lora')[0]}"
     for recipe, options, says in (
         (linear, ("--as", "adapter", "--rank", 4), "base_model"),
         (linear | based | {"merge_method": "ties"}, ("--as", "adapter", "--rank", 25), "at most 24"),
+        (
+            linear | {"base_model": adapted, "merge_method": "ties"},
+            ("--as", "adapter", "--rank", 4),
+            f"the base is {adapted}",
+        ),
         (of_moe, ("--as", "adapter", "--rank", 2), "qwen2_moe: PEFT cannot tell its shared expert"),
         (linear, ("--as", "adapter"), "--rank: missing"),
         (linear, ("--rank", 4), "--rank: only --as adapter"),
