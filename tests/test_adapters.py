@@ -33,7 +33,7 @@ from helpers.sampling import sample
 from helpers.searches import search_config, task_section
 from hostile import changing
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config, GptOssConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config, GptOssConfig, NemotronHConfig
 
 import evojax_merge as em
 from evojax_merge.checkpoints.adapter_writer import AdapterWriter
@@ -172,6 +172,18 @@ def test_experts_that_are_one_parameter_are_adapted_as_by_peft(kind: str, parame
     assert (
         len(changed) == each * {"all": 6, "half of them": 2 + (kind == "gpt_oss"), "with the router": 4}[parameters] / 6
     )
+
+
+def test_names_in_memory_are_those_of_a_base_whose_files_have_others(tmp_path: Path) -> None:
+    """`backbone.` in Nemotron-H's files is `model.` in transformers, and in what peft saves."""
+    config = NemotronHConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        layers_block_type=["mlp", "full_attention"],
+    )  # fmt: skip
+    base = save(random_model(config), tmp_path / "base")
+    settings = {"target_modules": ["q_proj", "down_proj", "lm_head"], "trainable_token_indices": [3, 9]}
+    folder, merged = adapter(base, tmp_path / "lora", **settings)
+    assert_same_tensors(read(f"{base}+{folder}"), state(merged), rtol=2e-6, atol=2e-7)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -577,9 +589,15 @@ def test_an_export_that_can_be_no_adapter_is_refused(family: Family, tmp_path: P
     linear, based = {"merge_method": "linear", "models": models}, {"base_model": str(family.base)}
     moe = str(save(random_model(tiny_config("qwen2_moe")), tmp_path / "moe"))
     of_moe = {"merge_method": "linear", "base_model": moe, "models": [{"model": moe, "parameters": {"weight": 1}}]}
+    adapted = f"{family.base}+{adapter(family.base, tmp_path / 'lora')[0]}"
     for recipe, options, says in (
         (linear, ("--as", "adapter", "--rank", 4), "base_model"),
         (linear | based | {"merge_method": "ties"}, ("--as", "adapter", "--rank", 25), "at most 24"),
+        (
+            linear | {"base_model": adapted, "merge_method": "ties"},
+            ("--as", "adapter", "--rank", 4),
+            f"the base is {adapted}",
+        ),
         (of_moe, ("--as", "adapter", "--rank", 2), "qwen2_moe: PEFT cannot tell its shared expert"),
         (linear, ("--as", "adapter"), "--rank: missing"),
         (linear, ("--rank", 4), "--rank: only --as adapter"),

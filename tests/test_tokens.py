@@ -202,18 +202,18 @@ def added_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("method", "parents", "lacking"),
-    [("task_arithmetic", ("one", "two"), ("base",)), ("ties", ("one", "plain"), ("base", "plain")),
-     ("slerp", ("plain", "one"), ("plain",)), ("linear", ("one", "plain"), ("plain",))],
+    ("method", "parents", "lacking", "bank"),
+    [("task_arithmetic", ("one", "two"), ("base",), "host"), ("ties", ("one", "plain"), ("base", "plain"), "device"),
+     ("slerp", ("plain", "one"), ("plain",), "disk"), ("linear", ("one", "plain"), ("plain",), "device")],
 )  # fmt: skip
 def test_models_that_lack_a_few_tokens_are_searched_as_their_recipe_merges_them(
-    method: str, parents: tuple[str, ...], lacking: tuple[str, ...], added_tokens: Path, tmp_path: Path
+    method: str, parents: tuple[str, ...], lacking: tuple[str, ...], bank: str, added_tokens: Path, tmp_path: Path
 ) -> None:
     base = added_tokens / "base" if "base" in lacking else None
     document = search_config(
         base=base and str(base), parents=[str(added_tokens / name) for name in parents],
         tokenizer_source=str(added_tokens / "one"), space={"method": method, "layers_per_group": "all"},
-        tasks=[task_section(added_tokens / "tasks.jsonl", heldout=0.5)],
+        tasks=[task_section(added_tokens / "tasks.jsonl", heldout=0.5)], evaluation={"bank": bank},
     )  # fmt: skip
     run_here("search", write_yaml(tmp_path / "search.yaml", document), "--out", tmp_path / "run")
     log, best = (tmp_path / "run" / "run.log").read_text(), tmp_path / "run" / "best"

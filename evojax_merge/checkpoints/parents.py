@@ -119,12 +119,14 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
 @dataclass(frozen=True)
 class Sources:
     """Opened folders of one architecture. `vocabulary`: the alignment of their rows (None: rows stay as they are);
-    `warnings`: about their tokens, for the user, a line each; `moments`: for methods that look at activations."""
+    `warnings`: about their tokens, for the user, a line each; `moments`: for methods that look at activations;
+    `lenders`: further folders, numbered behind the others, that only give rows for the vocabulary's `fills`."""
 
     folders: tuple[DecoderFolder, ...]
     vocabulary: Vocabulary | None = None
     warnings: tuple[str, ...] = ()
     moments: "Moments | None" = None
+    lenders: tuple[DecoderFolder, ...] = ()
 
     @cached_property
     def token_tensors(self) -> TokenTensors:
@@ -133,7 +135,7 @@ class Sources:
 
     def name_in(self, source: int, tensor: str) -> str:
         """The tensor's name in that folder: a tied head is the embedding, whether or not a copy of it is stored."""
-        folder = self.folders[source]
+        folder = (*self.folders, *self.lenders)[source]
         tied = bool(folder.config.get("tie_word_embeddings", False))
         return self.token_tensors.embedding if tensor == self.token_tensors.head and tied else tensor
 
@@ -142,7 +144,7 @@ class Sources:
         return tensor in self.token_tensors.names
 
     def entry(self, source: int, tensor: str) -> Tensor:
-        return self.folders[source].entries[self.name_in(source, tensor)]
+        return (*self.folders, *self.lenders)[source].entries[self.name_in(source, tensor)]
 
     def shape(self, source: int, tensor: str) -> tuple[int, ...]:
         shape = self.entry(source, tensor).shape

@@ -16,7 +16,7 @@ import numpy as np
 
 from evojax_merge.checkpoints.adapter_writer import AdapterWriter
 from evojax_merge.checkpoints.decoder_folder import LM_HEAD
-from evojax_merge.checkpoints.derived import reference_to
+from evojax_merge.checkpoints.derived import reference_to, sources_of
 from evojax_merge.checkpoints.folder import is_float
 from evojax_merge.checkpoints.writer import CARD, write_marker
 from evojax_merge.errors import InputError, did_you_mean, escaped_lines, shown
@@ -179,6 +179,11 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int | None = None, option: st
             "--as model",
         )  # fmt: skip
     base = merge_plan.base
+    if sources_of(base.path).adapted is not None:
+        raise InputError(
+            recipe.where, f"the base is {reference_to(base.path)}, and an adapter's base has to be a model that PEFT "
+            "loads by its name; expected the plain model as the base, or --as model",
+        )  # fmt: skip
     architecture = base.architecture
     if architecture is None:
         kind = shown(base.config.get("model_type"))

@@ -104,7 +104,7 @@ class Streamed(OnDevices):
     ) -> TaskScores:
         """A merge of the model alone, layer by layer from its files."""
         method = METHODS["passthrough"]
-        alone = replace(sources, folders=sources.folders[:1])
+        alone = replace(sources, folders=sources.folders[:1], lenders=sources.folders[1:])
         spec = MergeSpec(method.name, options_from("", method, {}, False), 0, "float32")
         bank = bank_in_files(alone, config, spec, placement=evaluator.devices)
         shape = (1, config.layers, len(components_of(config)), 1)
