@@ -22,8 +22,7 @@ from evojax_merge.models.layers import ACTIVATIONS, Weights, dense, matmul, rms_
 from evojax_merge.models.sharding import MODEL_AXIS, cut_at, map_shards, shards_of
 from evojax_merge.models.sources import FIRST_EXPERT
 
-# A leaf int32[E] of candidates that share the weights of K experts: the shared expert that stands at each of the
-# router's E numbers.
+# A leaf int32[E] of candidates that share K experts: the one that stands at each of the router's E numbers.
 SLOTS = "slots"
 # On a CPU: the number of sizes of a block of one expert's tokens, and the least step in rows between them.
 SIZES, LEAST_STEP = 8, 32
@@ -297,8 +296,7 @@ def gpu_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: 
 
 def block_sizes(tokens: int, per_token: int, experts: int) -> tuple[int, ...]:
     """The sizes in rows of a block of one expert's tokens, ascending: multiples of a sixth of an expert's average
-    number of rows, up to a third above the average, so that most experts' tokens are one block with little padding.
-    Each size is a branch of the program."""
+    number of rows, up to a third above the average, so that most experts' tokens are one block with little padding."""
     sixth = -(-tokens * per_token // (6 * experts))
     step = LEAST_STEP * -(-sixth // LEAST_STEP)
     return tuple(sorted({min(tokens, step * number) for number in range(1, SIZES + 1)}))
@@ -331,7 +329,7 @@ def blocks_of(loads: jax.Array, total: int, sizes: tuple[int, ...]) -> Blocks:
 
 
 def blocked_experts(
-    config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array, first: jax.Array | None
+    config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array, first: jax.Array | None = None
 ) -> jax.Array:
     """Sort the tokens by expert, cut them into blocks of a single expert each, and run one block after the other.
     first: the number among the weights of the layer's first expert; None: 0.
@@ -414,8 +412,7 @@ run_blocks.defvjp(
 
 def _block(blocks: Blocks, number: jax.Array) -> Blocks:
     """The block with this number; its fields are int32[]."""
-    of_each = (blocks.size, blocks.expert, blocks.begin, blocks.rows)
-    return Blocks(blocks.count, *(leaf[number] for leaf in of_each))
+    return Blocks(blocks.count, *(leaf[number] for leaf in (blocks.size, blocks.expert, blocks.begin, blocks.rows)))
 
 
 def _operands(weights: Weights, rows: jax.Array, block: Blocks, size: int) -> tuple[Weights, jax.Array]:
