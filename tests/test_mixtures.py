@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers.commands import refusal
-from helpers.decoders import score_merges
+from helpers.decoders import hidden_states, load_decoder, score_merges
 from helpers.families import Family, build_family
 from helpers.files import edit_json, write_lines, write_yaml
 from helpers.mergekit import assert_same_weights
@@ -46,7 +46,7 @@ from evojax_merge.models.families.mixture import (
 )
 from evojax_merge.models.families.nemotron_h import NemotronHConfig
 from evojax_merge.models.mamba2 import Mamba
-from evojax_merge.models.sources import LazyMerge
+from evojax_merge.models.sources import ExpertsInPlace, LazyMerge
 
 KINDS = ("mixtral", "qwen2_moe", "qwen3_moe")
 MODULES = {"mixtral": "block_sparse_moe", "qwen2_moe": "mlp", "qwen3_moe": "mlp"}
@@ -173,6 +173,24 @@ def test_a_gpu_computes_little_in_vain(experts: int, per_token: int) -> None:
     assert flops(FEW_TOKENS) == experts
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", sample(KINDS, 1))
+def test_a_scan_leaves_experts_where_they_are(kind: str, dtype: str, tmp_path: Path) -> None:
+    """Their products are those of a layer's slice to the bit, and no array has all experts of a layer."""
+    config, model = load_decoder(save(random_model(tiny_config(kind)), tmp_path))
+    model = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, config.vocab, (2, 40)), jnp.int32)
+    whole = model.in_place(tuple(config.parts))
+    assert isinstance(whole, ExpertsInPlace)
+    states = jax.jit(hidden_states, static_argnums=0)
+    sliced, in_place = (states.lower(config, each, tokens).compile() for each in (model, whole))
+    np.testing.assert_array_equal(in_place(whole, tokens), sliced(model, tokens))
+    experts = sum(leaf.nbytes // len(leaf) for leaves in model.stacks.values() for name, leaf in leaves.items()
+                  if name in config.parts and leaves.keys() >= set(config.parts))  # fmt: skip
+    saved = [program.memory_analysis().temp_size_in_bytes for program in (sliced, in_place)]
+    assert saved[0] - saved[1] >= experts // 2, (saved, experts)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Merges
 
@@ -270,7 +288,7 @@ def test_candidates_side_by_side_score_as_they_do_alone(
     compute: Any, mlp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a CPU computes experts, and as accelerators do. mlp: a width for each, so that programs are not shared."""
-    monkeypatch.setattr(mixture, "blocked_experts", compute)
+    monkeypatch.setattr(mixture, "blocked_experts", lambda *operands: compute(*operands[:4]))
     config = tiny_config("mixtral", num_hidden_layers=2, intermediate_size=mlp)
     setting = Setting(build_family(tmp_path, config), "ties")
     alone, together = (

@@ -20,10 +20,10 @@ def load_decoder(folder: Path) -> tuple[Any, Any]:
 
 @partial(jax.jit, static_argnums=0)
 def logits(config: Any, model: Any, tokens: Any) -> jax.Array:
-    """float32[R, T, V] of plain rows, tokens int[R, T]."""
+    """float32[R, T, V] of plain rows, tokens int[R, T], by a stored model as it is scored."""
     from evojax_merge.models import decoder
 
-    return decoder.logits(config, model, hidden_states(config, model, tokens))
+    return decoder.logits(config, model, hidden_states(config, model.in_place(tuple(config.parts)), tokens))
 
 
 def stored_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
