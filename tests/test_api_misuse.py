@@ -102,7 +102,7 @@ SEARCHES: list[tuple[dict[str, Any], str]] = [
     ({"seeds": "uniform"}, "search.seeds: expected a list"),
     ({"seeds": [1]}, "search.seeds[0]: expected uniform"),
     ({"rungs": 2.5}, "search.rungs: expected a whole number"),
-    ({"validation": True}, "validation: True; expected a number"),
+    ({"validation": True}, "search.validation: expected a share from 0"),
     ({"stop": 3}, "search.stop: expected a mapping"),
     ({"stop": {"seconds": "long"}}, "search.stop.seconds: expected a number"),
     ({"gradient": []}, "search.gradient: expected a mapping"),

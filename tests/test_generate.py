@@ -81,7 +81,7 @@ def written_in(model: Any, prompts: Any, passes: int, window: int, seen: np.ndar
 
         decode_state = init_decode_state(config, "float32", 1, ROWS, WIDTH, NEW, window)
         decode_state = prefill(config, alone, jnp.zeros(1), decode_state, WIDTH, jnp.int32(0), tokens, first, ())
-        state = decode(config, alone, jnp.zeros(1), decode_state, passes, window, scatter_columns, (), tokens, seen)
+        state = decode(config, alone, jnp.zeros(1), decode_state, passes, window, scatter_columns, (), (tokens, seen))
         return state.num_generated[0]
 
     return np.asarray(run(stored, jnp.asarray(seen, jnp.int32), passes))
@@ -118,7 +118,7 @@ def test_a_population_writes_in_windows_as_each_alone(model: Any, prompts: Any) 
             part = tokens[row:end, WIDTH - width :], first[row:end] - (WIDTH - width)
             decode_state = prefill(config, scaled, scales, decode_state, WIDTH, jnp.int32(row), *part, ())
         seen = jnp.asarray(expected[0])
-        found = decode(config, scaled, scales, decode_state, NEW, window, update, (), tokens, seen)
+        found = decode(config, scaled, scales, decode_state, NEW, window, update, (), (tokens, seen))
         assert np.asarray(found.tokens).tolist() == [rows.tolist() for rows in expected]
 
 
@@ -136,7 +136,7 @@ def test_narrow_prompts_are_read_as_wide_ones(model: Any, prompts: Any, plain: n
         decode_state = prefill(
             config, alone, jnp.zeros(1), decode_state, WIDTH, jnp.int32(row), own, np.zeros(1, np.int32), ()
         )
-    found = decode(config, alone, jnp.zeros(1), decode_state, NEW, 3, select_columns, (), jnp.asarray(tokens), tokens)
+    found = decode(config, alone, jnp.zeros(1), decode_state, NEW, 3, select_columns, (), (jnp.asarray(tokens), tokens))
     assert np.asarray(found.tokens)[0].tolist() == plain.tolist()
 
 

@@ -82,9 +82,9 @@ class Study(Searched, Described):
     `strategies.cma_es(population=16)` and its like, or a name, such as `auto`; None: CMA-ES with its default
     population, or that of a pool. out: the run folder, which `run` needs; of pytrees in memory also None: a temporary
     one, which is there as long as the study and the runs that it returned. seed: the seed of all random numbers.
-    validation: the share of the examples that is kept back to choose the winner on. resume, overwrite: continue, or
-    replace, the run that lies in `out`. evaluation, export_dtype, scale, log: as in a config. search: other keys of a
-    config's `search`, such as `finalists`, `rungs`, `stop`, `budget` and `controls`.
+    resume, overwrite: continue, or replace, the run that lies in `out`. evaluation, export_dtype, scale, log: as in a
+    config. search: other keys of a config's `search`, such as `validation`, the share of the examples that is kept back
+    to choose the winner on, `finalists`, `rungs`, `stop`, `budget` and `controls`.
 
     Names of plugins and of the program stand for what they register: strategies (`dir(em.strategies)`) in `strategy`,
     merge methods (`evojax-merge methods`) in `MergeSpace` and `PoolSpace`, kinds of tasks as `kind` of a mapping, and
@@ -100,7 +100,6 @@ class Study(Searched, Described):
         strategy: str | Mapping[str, Any] | None = None,
         out: Location | None = None,
         seed: int = 0,
-        validation: float = 0.0,
         resume: bool = False,
         overwrite: bool = False,
         evaluation: Mapping[str, Any] | None = None,
@@ -123,7 +122,7 @@ class Study(Searched, Described):
             **models.document(),
             **space.document(),
             "tasks": [_section(f"Study: tasks[{i}]", models, task) for i, task in enumerate(listed)],
-            "search": {**section, "validation": validation, **search},
+            "search": {**section, **search},
             "seed": seed,
         }
         optional = {"evaluation": evaluation, "export_dtype": export_dtype, "scale": scale, "log": list(log) or None}

@@ -391,11 +391,11 @@ def decode(spec: DecodeSpec, shared: Any, each: Any, state: DecodeState) -> Deco
     lookup corpus, the shift of their positions or None, and their draws or None; each: as for `prefill`."""
 
     def local(shared: Any, each: Any) -> DecodeState:
-        (replicated, tokens, lookup_corpus, shift, draws), ((candidates, prefix), state) = shared, each
+        (replicated, prompts, lookup_corpus, shift, draws), ((candidates, prefix), state) = shared, each
         make = partial(spec.factory, replicated)
         return generate.decode(
-            spec.config, make, candidates, state, spec.steps, spec.step_tokens, spec.update_rows, spec.stop, tokens,
-            lookup_corpus, prefix, shift, draws,
+            spec.config, make, candidates, state, spec.steps, spec.step_tokens, spec.update_rows, spec.stop,
+            (prompts, lookup_corpus), prefix, shift, draws,
         )  # fmt: skip
 
     return shard_population(spec.mesh, local, shared, (each, state))

@@ -158,17 +158,17 @@ def decode(
     step_tokens: int,
     update_rows: CacheUpdate,
     stop: tuple[int, ...],
-    prompts: jax.Array,
-    lookup_corpus: jax.Array,
+    texts: tuple[jax.Array, jax.Array],
     prefix: LayerStates | None = None,
     shift: jax.Array | None = None,
     draws: Draws | None = None,
 ) -> DecodeState:
     """Run up to `steps` decode steps, each of which adds 1 to `step_tokens` tokens to every running sequence;
     `NONFINITE_ID` where logits are not finite. update_rows: writes into the caches where each row has a column of its
-    own; prompts: int32[B, T], as they were prefilled; lookup_corpus: int32[B, M], texts that are likely to share parts
-    with the continuations. Both are negative where there is no text. shift: see `decoder.decode_step`; draws: see
+    own; texts: the prompts int32[B, T], as they were prefilled, and int32[B, M], texts that are likely to share parts
+    with the continuations, both negative where there is no text. shift: see `decoder.decode_step`; draws: see
     `prefill`."""
+    prompts, lookup_corpus = texts
     width, new = prompts.shape[1], state.tokens.shape[-1]
     # One set of prompts for the whole population.
     left_pad = state.left_pad[0]

@@ -75,7 +75,7 @@ def _greedy(
     decode_state = init_decode_state(config, model.compute_dtype, 1, rows, width, new, window)
     decode_state = prefill(config, alone, members, decode_state, width, jnp.int32(0), tokens, first, stop, draws=draws)
     return decode(
-        config, alone, members, decode_state, new, window, scatter_columns, stop, tokens, seen, draws=draws
+        config, alone, members, decode_state, new, window, scatter_columns, stop, (tokens, seen), draws=draws
     ).tokens
 
 
