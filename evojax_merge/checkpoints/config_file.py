@@ -66,8 +66,8 @@ MULTIMODAL_MODEL_TYPES = {
     "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
     "video_llava", "vipllava",
 }  # fmt: skip
-# The text decoder's prefix in transformers' memory, whatever the files use: in these models, and in other larger ones.
-DECODER_PREFIXES = {"idefics3": "model.text_model.", "nemotron_h": "model.", "smolvlm": "model.text_model."}
+# The text decoder's prefix in transformers' memory, whatever the files use: in these models, and in all others.
+DECODER_PREFIXES = {"idefics3": "model.text_model.", "smolvlm": "model.text_model."}
 DECODER_PREFIX = "model.language_model."
 
 

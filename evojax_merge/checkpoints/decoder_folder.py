@@ -224,8 +224,8 @@ class DecoderFolder(Folder):
     def in_memory(self, tensor: str) -> str:
         """transformers' name of a decoder's tensor in memory, from the architecture's name."""
         if not self.is_part:
-            body, prefix = self.names.own_body, DECODER_PREFIXES.get(self.config.get("model_type", ""))
-            return tensor if prefix is None or not tensor.startswith(body) else prefix + tensor.removeprefix(body)
+            body, other = self.names.own_body, None if self.architecture is None else self.architecture.body_in_memory
+            return tensor if other is None or not tensor.startswith(body) else other + tensor.removeprefix(body)
         if tensor == self.names.own_head:
             return LM_HEAD
         if tensor.startswith(PREFIX):

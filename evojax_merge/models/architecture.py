@@ -151,6 +151,8 @@ class Architecture:
 
     no_adapter: the reason where PEFT has no adapters for all of its matrices.
 
+    body_in_memory: the beginning of tensor names in transformers' memory, where it is another than in files.
+
     packed: the names of stacked tensors in other forms of the files, and the leaves that each of them holds, one above
     the other: `[E, …]` for all experts where each expert has a tensor here.
 
@@ -186,6 +188,7 @@ class Architecture:
     buffers: tuple[str, ...] = BUFFERS
     aside: tuple[str, ...] = ()
     no_adapter: str = ""
+    body_in_memory: str | None = None
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposable: tuple[str, ...] = ()
     gguf: Gguf | None = None

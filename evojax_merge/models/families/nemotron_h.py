@@ -220,5 +220,5 @@ NEMOTRON_H = llama_like.llama_like(
         FULL: LayerType(attention_block, (LAYERS, FULL)), MAMBA: LayerType(mamba_block, (LAYERS, MAMBA), RECURRENCE),
         MLP: LayerType(mlp_block, (LAYERS, MLP), ()), MOE: LayerType(mixture_block, (LAYERS, MOE), ()),
     },
-    filters={}, aside=("mtp.",), no_adapter="PEFT has no adapters for its convolutions",
+    filters={}, aside=("mtp.",), no_adapter="PEFT has no adapters for its convolutions", body_in_memory="model.",
 )  # fmt: skip
