@@ -84,8 +84,8 @@ class StackedWeights(MaterialisedWeights):
         return [self.layer({name: leaf[i] for name, leaf in leaves.items()}) for i in range(depth)]
 
     def in_place(self, experts: Sequence[str]) -> MaterialisedWeights:
-        has_experts = any(experts and leaves.keys() >= set(experts) for leaves in self.stacks.values())
-        return ExpertsInPlace(self, tuple(experts)) if has_experts else self
+        named = [stack for stack, leaves in self.stacks.items() if experts and leaves.keys() >= set(experts)]
+        return ExpertsInPlace(self, named[0], tuple(experts)) if named else self
 
     def unstack(self) -> "UnstackedWeights":
         """The same weights, with each layer in arrays of its own."""
@@ -95,10 +95,11 @@ class StackedWeights(MaterialisedWeights):
 
 @struct.dataclass
 class ExpertsInPlace(MaterialisedWeights):
-    """A model with its layers stacked. A scan takes its layers without their experts, the leaves of these names, which
-    each layer has of all layers, `[L E, …]`, in the dtype that they are stored in."""
+    """A model with its layers stacked. A scan takes the layers of `stack` without their experts, the leaves of these
+    names, which each layer has of all layers, `[L E, …]`, in the dtype that they are stored in."""
 
     model: StackedWeights
+    stack: str = struct.field(pytree_node=False)
     experts: tuple[str, ...] = struct.field(pytree_node=False)
 
     @property
@@ -111,21 +112,17 @@ class ExpertsInPlace(MaterialisedWeights):
 
     @property
     def stacks(self) -> dict[str, Weights]:
-        def cut(leaves: Weights) -> Weights:
-            if not leaves.keys() >= set(self.experts):
-                return leaves
-            layers, count = leaves[self.experts[0]].shape[:2]
-            others = {name: leaf for name, leaf in leaves.items() if name not in self.experts}
-            return others | {FIRST_EXPERT: count * jnp.arange(layers, dtype=jnp.int32)}
-
-        return {stack: cut(leaves) for stack, leaves in self.model.stacks.items()}
+        leaves = self.model.stacks[self.stack]
+        layers, count = leaves[self.experts[0]].shape[:2]
+        others = {name: leaf for name, leaf in leaves.items() if name not in self.experts}
+        first = count * jnp.arange(layers, dtype=jnp.int32)
+        return self.model.stacks | {self.stack: others | {FIRST_EXPERT: first}}
 
     def layer(self, slice_: Weights) -> Weights:
-        weights = super().layer(slice_)
-        if FIRST_EXPERT not in slice_:
-            return weights
-        (leaves,) = [leaves for leaves in self.model.stacks.values() if leaves.keys() >= set(self.experts)]
-        return weights | {name: leaves[name].reshape(-1, *leaves[name].shape[2:]) for name in self.experts}
+        weights, leaves = super().layer(slice_), self.model.stacks[self.stack]
+        if FIRST_EXPERT in slice_:
+            weights |= {name: leaves[name].reshape(-1, *leaves[name].shape[2:]) for name in self.experts}
+        return weights
 
     def each_layer(self, stack: str) -> Sequence[Weights]:
         return self.model.each_layer(stack)
