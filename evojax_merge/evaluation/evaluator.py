@@ -33,7 +33,7 @@ from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.images import ImageInputs, ImageTable
-from evojax_merge.models.sources import StackedWeights
+from evojax_merge.models.sources import DifferentiableMerge, StackedWeights
 from evojax_merge.models.streamed_bank import StreamedBank
 from evojax_merge.tasks.batches import PromptBatch, ScoringBatch
 from evojax_merge.tasks.task import Task
@@ -183,7 +183,8 @@ class Evaluator:
         # Recipes on the host are cut into chunks without compiling anything.
         recipes = jax.tree.map(np.asarray, recipes)
         if isinstance(bank, StreamedBank):
-            return StreamedPopulation(LazyMergeFactory(spec, self.compute_dtype), MergeParts(bank), recipes)
+            lazy, parts = LazyMergeFactory(spec, self.compute_dtype), MergeParts(bank)
+            return StreamedPopulation(lazy, parts, recipes, gradient=replace(lazy, kind=DifferentiableMerge))
         prefetch_layers = not self.target.is_accelerator
         return MergePopulation(LazyMergeFactory(spec, self.compute_dtype, prefetch_layers), bank, recipes)
 

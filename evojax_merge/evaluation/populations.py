@@ -296,10 +296,12 @@ class Parts(ABC):
 
 @dataclass(frozen=True)
 class StreamedPopulation(Population):
-    """P candidates whose parts come to the devices one after the other; merges of a bank are differentiable."""
+    """P candidates whose parts come to the devices one after the other. gradient: the factory of candidates that are
+    differentiated; None: they are not differentiable."""
 
     factory: Any
     replicated: Parts
+    gradient: LazyMergeFactory | None = None
 
     @property
     def route(self) -> Route:
@@ -313,9 +315,7 @@ class StreamedPopulation(Population):
         return replace(self, replicated=self.replicated.abstract(devices))
 
     def differentiable(self) -> Any:
-        if not isinstance(self.factory, LazyMergeFactory):
-            return None
-        return replace(self, factory=replace(self.factory, kind=DifferentiableMerge))
+        return None if self.gradient is None else replace(self, factory=self.gradient)
 
     def model_shape(self) -> Any:
         return self.replicated.model_shape(self)
